@@ -1,0 +1,369 @@
+"""What the commands do, once their words have been read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cl_sim import config, encoders, preset, registry, session, store
+from cl_sim.config import RunConfig
+from cl_sim.errors import BadConfig
+from cl_sim.stream import Stream
+
+EXIT = {"finished": 0, "interrupted": 130, "failed": 1, "started": 1, "new": 1}
+MANY_CORES = 64  # processes started by default, at most
+
+
+def console() -> Console:
+    """Where a person reads."""
+    return Console(highlight=False)
+
+
+def run(names: Sequence[str], **options: Any) -> int:
+    """Check everything, then train and compare; returns the exit status."""
+    configs = configurations(names, options)
+    out = console()
+    streams = []
+    for made in configs:
+        stream = _checked(made)
+        streams.append(stream)
+    if options["dry_run"]:
+        for made in configs:
+            out.print_json(data=made.to_dict())
+        return 0
+    comparison = uuid4().hex[:8]
+    run_dirs = [
+        store.create(options["store"], made, _facts(made, stream, comparison))
+        for made, stream in zip(configs, streams, strict=True)
+    ]
+    _say_where(out, run_dirs)
+    return _train(run_dirs, options["workers"], options["tracking_uri"], out, options["system_metrics"])
+
+
+def configurations(names: Sequence[str], options: Mapping[str, Any]) -> list[RunConfig]:
+    """One complete configuration per strategy, from the preset, the file, the options and --set."""
+    base: dict[str, Any] = {}
+    if options["preset"]:
+        base = preset.read(options["preset"])
+    if options["file"]:
+        base = config.merge(base, config.read_toml(options["file"]))
+    strategies, stream = _names(names, base)
+    if stream:
+        found = registry.resolve("stream", stream)
+        base = config.merge({"stream": {"name": found.name, **found.settings}}, _without_name(base, "stream"))
+        base["stream"] |= {"name": found.name, **found.settings}
+    sets: dict[str, Any] = {}
+    for assignment in options["sets"]:
+        config.assign(sets, assignment)
+    common = {key: value for key, value in sets.items() if key != "strategy"}
+    wanted = dict(sets.get("strategy", {}))
+    made, used = [], set[str]()
+    for name in strategies:
+        own = config.merge(base, common)
+        if name:
+            part = registry.resolve("strategy", name)
+            own["strategy"] = {
+                **_without_name(base, "strategy").get("strategy", {}),
+                **part.settings,
+                "name": part.name,
+            }
+        known = {f.name for f in fields(registry.config_class("strategy", own["strategy"]["name"]))}
+        used |= known & set(wanted)
+        mine = wanted if len(strategies) == 1 else {key: value for key, value in wanted.items() if key in known}
+        own["strategy"] = {**own["strategy"], **mine}
+        made.append(_complete(own, options))
+    for key in set(wanted) - used:
+        raise BadConfig(
+            f"--set strategy.{key}: none of {', '.join(strategies)} has this setting; see cl-sim describe NAME"
+        )
+    return made
+
+
+def _names(names: Sequence[str], base: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Strategies and stream as typed; an empty name stands for what the settings name."""
+    if not names and {"strategy", "stream"} <= set(base):
+        return [""], ""
+    if len(names) == 1 and "strategy" in base:
+        return [""], names[0]
+    if len(names) < 2:
+        raise BadConfig(
+            "run needs at least a strategy and a stream, e.g. cl-sim run er split-digits; see cl-sim list strategies"
+        )
+    return list(names[:-1]), names[-1]
+
+
+def _without_name(base: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {**base, key: {k: v for k, v in base.get(key, {}).items() if k != "name"}}
+
+
+def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig:
+    """Fill in what the command line decides: seeds, device, data folder, encoder, stacking."""
+    settings = dict(settings)
+    if options["seeds"]:
+        settings["seeds"] = parse_seeds(options["seeds"])
+    settings["data"] = options["data"] or settings.get("data", "")
+    if settings["data"]:
+        settings["data"] = str(Path(settings["data"]).expanduser().resolve())
+    settings["device"] = pick_device(options["device"] or settings.get("device", "auto"))
+    encoder = dict(settings.get("encoder", {}))
+    if options["encoder_frozen"]:
+        encoder["frozen"] = True
+    if not encoder.get("name"):
+        probe = config.from_dict({**settings, "encoder": {"name": "mlp"}, "stack": 1})
+        encoder["name"] = encoders.default(session.build_stream(probe, probe.seeds[:1]).fields["x"])
+    settings["encoder"] = encoder
+    count = len(settings.get("seeds", (0,)))
+    small = encoder["name"] == "mlp"
+    default_stack = count if small or settings["device"].startswith("cuda") else 1
+    settings["stack"] = options["stack"] or settings.get("stack") or default_stack
+    return config.from_dict(settings)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-4' or '0,3,7' or both as numbers.    Raises: BadConfig."""
+    seeds: list[int] = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise BadConfig(f"--seeds is '{text}'; write ranges and numbers such as 0-4 or 0,3,7")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return seeds
+
+
+def pick_device(name: str) -> str:
+    """The device to use; 'auto' is the GPU if there is one.    Raises: BadConfig if it is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise BadConfig(f"--device is '{name}'; allowed are auto, cpu, cuda and cuda:N") from None
+    if kind not in ("cpu", "cuda"):
+        raise BadConfig(f"--device is '{name}'; allowed are auto, cpu, cuda and cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadConfig(f"--device is '{name}', but torch finds no GPU here; use --device cpu")
+    return name
+
+
+def _checked(made: RunConfig) -> Stream:
+    """Build the first group's stream and strategy, so that a mistake shows before anything is written."""
+    seeds = made.seeds[: made.stack]
+    stream = session.build_stream(made, seeds)
+    session.build_strategy(made, stream, seeds[:1])
+    return stream
+
+
+def _facts(made: RunConfig, stream: Stream, comparison: str) -> dict[str, Any]:
+    holdout = stream.holdout()
+    about = stream.describe()
+    return {
+        "stream": stream_name(made),
+        "role": registry.load("strategy", made.strategy.name).role,
+        "comparison": comparison,
+        "data": {
+            "name": about.get("data", made.stream.name),
+            "digest": stream.digest,
+            "samples": stream.samples,
+            "classes": stream.classes,
+        },
+        "splits": [] if holdout is None else list(holdout.names),
+        "classes": stream.classes,
+    }
+
+
+def stream_name(made: RunConfig) -> str:
+    """The stream as it is typed, e.g. split-cifar10; of a path only the last part."""
+    source = getattr(made.stream.config, "data", "") or getattr(made.stream.config, "benchmark", "")
+    kind, colon, path = source.partition(":")
+    short = f"{kind}-{Path(path.split('#')[0]).name.split('.')[0]}" if colon else source
+    return f"{made.stream.name}-{short}" if short else made.stream.name
+
+
+def _say_where(out: Console, run_dirs: Sequence[Path]) -> None:
+    for run_dir in run_dirs:
+        out.print(f"run {run_dir}", soft_wrap=True)
+
+
+def _train(run_dirs: Sequence[Path], workers: int | None, uri: str, out: Console, system_metrics: bool = False) -> int:
+    from cl_sim.launch import launch
+
+    on_gpu = any(store.record_of(run_dir)["config"]["device"] != "cpu" for run_dir in run_dirs)
+    uri = "" if uri == "none" else uri
+    processes = workers or (1 if on_gpu else min(_cores(), MANY_CORES))
+    statuses = launch(run_dirs, workers=processes, uri=uri, console=out, system_metrics=system_metrics)
+    done = [run_dir for run_dir, status in zip(run_dirs, statuses, strict=True) if status == "finished"]
+    if done:
+        _print_comparison(done, out)
+    if uri and done:
+        out.print(
+            "See the curves: cl-sim ui" + ("" if "MLFLOW_TRACKING_URI" in os.environ else f" --tracking-uri {uri}")
+        )
+    return max(EXIT[status] for status in statuses)
+
+
+def _print_comparison(run_dirs: Sequence[Path], out: Console) -> None:
+    from cl_sim import report as tables
+
+    tables.show([tables.read(run_dir) for run_dir in run_dirs], out)
+
+
+def resume(runs: Sequence[str], workers: int | None, folder: Path, uri: str) -> int:
+    """Continue runs that have not finished."""
+    out = console()
+    run_dirs = [store.find(folder, name) for name in runs]
+    for run_dir in run_dirs:
+        if store.status(run_dir) == "finished":
+            out.print(f"{run_dir.name} is finished already")
+    return _train(run_dirs, workers, uri, out)
+
+
+def list_names(kind: str, folder: Path) -> None:
+    """Print the names of a kind, one per line, each with its first docstring line where there is one."""
+    out = console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, about in _listed(kind, folder):
+        table.add_row(name, about)
+    out.print(table)
+
+
+def _listed(kind: str, folder: Path) -> list[tuple[str, str]]:
+    if kind == "runs":
+        return [
+            (run.name, f"{store.status(run)}, seeds {store.record_of(run)['seeds']}") for run in store.all_runs(folder)
+        ]
+    if kind == "presets":
+        return [(name, preset.about(name)) for name in preset.names()]
+    if kind in ("strategies", "streams"):
+        one = "strategy" if kind == "strategies" else "stream"
+        return [(name, _first_line(sys.modules[registry.load(one, name).__module__])) for name in registry.names(one)]
+    if kind == "encoders":
+        return [(name, "") for name in encoders.names()]
+    if kind == "augmentations":
+        from cl_sim import augment
+
+        return [(name, _first_line(function)) for name, function in augment.AUGMENTATIONS.items()]
+    if kind == "data":
+        from cl_sim import sources
+
+        own = [(f"{form}:PATH", "your own data") for form in ("folder", "parquet", "npz", "csv")]
+        return [(name, "") for name in sources.NAMES] + own
+    return [(name, "") for name in ("reservoir", "balanced", "queue")]
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().split("\n")[0]
+
+
+def describe(name: str, sets: Sequence[str], seed: int, png: Path | None, data: str, folder: Path) -> None:
+    """Show whatever carries the name: a preset, a run, a strategy or a stream."""
+    out = console()
+    if name in preset.names():
+        out.print_json(data=preset.read(name))
+    elif (Path(name) / "run.json").is_file() or (folder / name / "run.json").is_file():
+        out.print_json(data=store.record_of(store.find(folder, name)))
+    elif name.partition(":")[0] in registry.names("strategy"):
+        _describe_strategy(name, out)
+    else:
+        _describe_stream(name, sets, seed, png, data, out)
+
+
+def _describe_strategy(name: str, out: Console) -> None:
+    cls = registry.load("strategy", registry.resolve("strategy", name).name)
+    out.print((sys.modules[cls.__module__].__doc__ or "").strip(), markup=False)
+    table = Table("setting", "default", title=f"--set strategy.KEY=VALUE for {name}", title_justify="left")
+    for f in fields(cls.Config):
+        table.add_row(f.name, str(f.default))
+    out.print(table)
+
+
+def _describe_stream(name: str, sets: Sequence[str], seed: int, png: Path | None, data: str, out: Console) -> None:
+    settings: dict[str, Any] = {}
+    for assignment in sets:
+        config.assign(settings, assignment)
+    found = registry.resolve("stream", name)
+    cls = registry.load("stream", found.name)
+    made = config.build(cls.Config, {**found.settings, **settings.get("stream", {})}, "stream")
+    stream = cls(made, (seed,), torch.device("cpu"), str(Path(data).expanduser().resolve()) if data else "")
+    table = Table(box=None, show_header=False)
+    for key, value in {"stream": name, **stream.describe(), "fields": _fields(stream)}.items():
+        table.add_row(key, str(value))
+    out.print(table)
+    from cl_sim import timeline
+
+    counts = timeline.of(stream)
+    out.print(timeline.draw(counts), markup=False, soft_wrap=True)
+    if png is not None:
+        from cl_sim.tracking import plots
+
+        plots.timeline_figure(counts.edges, counts.counts, counts.ends, png)
+        out.print(f"wrote {png}")
+
+
+def _fields(stream: Stream) -> str:
+    return ", ".join(
+        f"{name} {list(f.shape)} {str(f.dtype).removeprefix('torch.')}" for name, f in stream.fields.items()
+    )
+
+
+def compare(runs: Sequence[str], form: str, metrics: Sequence[str], baseline: str, folder: Path) -> None:
+    """Print the table of finished runs and the paired differences."""
+    from cl_sim import report as tables
+
+    results = [tables.read(store.find(folder, name)) for name in runs]
+    base = tables.read(store.find(folder, baseline)) if baseline else results[0]
+    if form == "text":
+        tables.show(results, console(), metrics=metrics, baseline=base)
+    else:
+        print(tables.render(results, form, metrics=metrics, baseline=base))
+
+
+def report(folder: Path, runs: Sequence[str], note: str, run_folder: Path) -> None:
+    """Copy results into the folder if asked to, then write its README.md."""
+    from cl_sim import report as tables
+
+    for name in runs:
+        result = tables.read(store.find(run_folder, name))
+        path = folder / result["stream"] / f"{result['strategy']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_json(path, {**result, **({"data_note": note} if note else {})})
+        console().print(f"wrote {path}")
+    text = tables.tables_from_results(folder)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    console().print(f"wrote {folder / 'README.md'}")
+
+
+def ui(port: int, uri: str) -> int:
+    """Run the MLflow UI until Ctrl-C."""
+    from cl_sim.tracking.mlflow import ui_command
+
+    words = ui_command(uri, port)
+    console().print(f"MLflow UI on http://127.0.0.1:{port} for {uri}; stop it with Ctrl-C")
+    try:
+        return subprocess.call(words)
+    except KeyboardInterrupt:
+        return 0
+
+
+def sync(runs: Sequence[str], folder: Path, uri: str) -> None:
+    """Bring runs to MLflow."""
+    from cl_sim.tracking import mlflow
+
+    for name in runs:
+        run_dir = store.find(folder, name)
+        mlflow.sync(run_dir, uri)
+        console().print(f"{run_dir.name} is in {uri}")

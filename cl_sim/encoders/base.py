@@ -1,0 +1,67 @@
+"""What all encoders share: their common settings, and the wrapper that turns stored pixels into numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_sim.errors import BadConfig
+from cl_sim.types import Field
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Settings of every encoder."""
+
+    frozen: bool = False  # do not train it; its BatchNorm keeps its statistics
+    mean: tuple[float, ...] = ()  # per channel, subtracted from values in [0, 1]; empty: nothing
+    std: tuple[float, ...] = ()  # per channel, divided by; empty: nothing
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise BadConfig(
+                f"encoder.mean has {len(self.mean)} values and encoder.std {len(self.std)}; give both or none"
+            )
+
+
+class Pixels(nn.Module):
+    """An encoder behind its input scaling: bytes become [0, 1], then mean and std, if there are any.
+
+    Shapes: [B, *shape] uint8 or float -> [B, dim].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, cfg: EncoderConfig, field: Field) -> None:
+        super().__init__()
+        if cfg.mean and len(cfg.mean) != field.shape[0]:
+            raise BadConfig(f"encoder.mean has {len(cfg.mean)} values, but the samples have {field.shape[0]} channels")
+        self.encoder, self.frozen, self.scaled = encoder, cfg.frozen, bool(cfg.mean)
+        self.dim: Any = encoder.dim
+        if self.scaled:
+            tail = (1,) * (len(field.shape) - 1)
+            self.register_buffer("mean", torch.tensor(cfg.mean).view(-1, *tail))
+            self.register_buffer("std", torch.tensor(cfg.std).view(-1, *tail))
+        if self.frozen:
+            self.encoder.requires_grad_(False)
+            self.encoder.eval()
+
+    def train(self, mode: bool = True) -> Pixels:
+        """Training mode, but a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of a batch."""
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        if self.scaled:
+            x = (x - self.mean) / self.std
+        features: Tensor = self.encoder(x)
+        return features

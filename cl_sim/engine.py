@@ -1,0 +1,223 @@
+"""The loop: every batch once, in order; measure, log, save. Nothing else happens per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cl_sim import checkpoint
+from cl_sim.clock import Clock
+from cl_sim.errors import Diverged
+from cl_sim.meter import Column, Meter
+from cl_sim.metrics.accuracy import Accuracy
+from cl_sim.strategy import Strategy
+from cl_sim.stream import Holdout, Stream
+from cl_sim.tracking.journal import Journal
+from cl_sim.types import Batch
+
+WINDOW = "acc_window"  # test-then-train accuracy of the batches since the last read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """At which steps the engine measures, reads the logs and saves. Depends on the step alone."""
+
+    steps: int
+    small: frozenset[int]  # after these steps: evaluate on the small part
+    full: frozenset[int]  # after these: on everything
+    test_every: int  # steps between test-then-train measurements; 0: never
+    flush_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, stream: Stream, *, per_task: int, prequential: int, flush_every: int, save_every: int) -> Plan:
+        """Spread `per_task` evaluations evenly over each task, the last one at its end and in full.
+
+        A stream without evaluation sets is measured test-then-train on every batch.
+        """
+        ends = [step for step in range(len(stream)) if stream.ends_task(step)]
+        small: set[int] = set()
+        for start, end in zip([-1, *ends[:-1]], ends, strict=True):
+            small.update(start + round((end - start) * k / per_task) for k in range(1, per_task))
+        holdout = stream.holdout() is not None
+        return cls(
+            steps=len(stream),
+            small=frozenset(small - {-1}) if holdout else frozenset(),
+            full=frozenset(ends) if holdout else frozenset(),
+            test_every=prequential if holdout else 1,
+            flush_every=flush_every,
+            save_every=save_every,
+        )
+
+    def tests(self, step: int) -> bool:
+        """Is this batch predicted before it is learned?"""
+        return self.test_every > 0 and step % self.test_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation after this step?"""
+        return step in self.small or step in self.full
+
+    def flushes(self, step: int) -> bool:
+        """Are the logs read after this step?"""
+        return (step + 1) % self.flush_every == 0 or step + 1 == self.steps
+
+    def saves(self, step: int) -> bool:
+        """Is a checkpoint written after this step?"""
+        return (step + 1) % self.save_every == 0 or step + 1 == self.steps
+
+
+@dataclass
+class Progress:
+    """What the loop knows beside the strategy's state; all of it is in every checkpoint."""
+
+    next_step: int = 0
+    hits: list[float] = field(default_factory=list)  # per run: sum of test-then-train accuracies
+    tested: int = 0  # batches tested so far
+    train_seconds: float = 0.0  # time of stream, observe and logs, without evaluation
+    timed_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one group of runs is kept: its folder, and the name that its checkpoints bear."""
+
+    folder: Path
+    owner: str
+
+
+def run(
+    stream: Stream,
+    strategy: Strategy,
+    plan: Plan,
+    journal: Journal,
+    place: Place,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Progress | None:
+    """Replay the stream from the newest usable checkpoint, or from the start.
+
+    `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
+
+    Raises: Diverged when a log is NaN or infinite; BadCheckpoint when there are checkpoints and none can be used.
+    """
+    meter, progress = Meter(), Progress()
+    state, refused = checkpoint.latest(place.folder, strategy.env.device, place.owner)
+    for reason in refused:
+        note(f"{reason}; using the one before")
+    if state is not None:
+        strategy.load_state_dict(state["strategy"])
+        meter.load_state_dict(state["meter"])
+        progress = Progress(**state["progress"])
+    strategy.train()
+    if progress.next_step == 0:
+        _evaluate(stream, strategy, journal, step=-1, full=False)
+    clock = Clock(strategy.env.device)
+    for step in range(progress.next_step, plan.steps):
+        batch = stream.batch(step)
+        if plan.tests(step):
+            with clock.paused():
+                meter.add(step, {WINDOW: hit_rate(strategy, batch)})
+        meter.add(step, strategy.observe(batch))
+        if stream.announces and stream.ends_task(step):
+            strategy.boundary()
+        if plan.evaluates(step):
+            with clock.paused():
+                _evaluate(stream, strategy, journal, step=step, full=step in plan.full)
+        if plan.flushes(step):
+            _flush(meter, stream, step, progress, journal, clock, place)
+        stopping = stop()
+        if plan.saves(step) or stopping:
+            with clock.paused():
+                _save(strategy, meter, progress, step, place)
+        if stopping and step + 1 < plan.steps:
+            return None
+    return progress
+
+
+def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place: Place) -> None:
+    _raise_if_diverged(meter.read(), place)
+    progress.next_step = step + 1
+    state = {"strategy": strategy.state_dict(), "meter": meter.state_dict(), "progress": vars(progress)}
+    checkpoint.save(place.folder, step + 1, {"owner": place.owner, **state})
+
+
+def hit_rate(strategy: Strategy, batch: Batch) -> Tensor:
+    """Test-then-train accuracy of one batch, before it is learned.    Shapes: -> [R]."""
+    strategy.eval()
+    with torch.inference_mode():
+        answer = strategy.predict(batch)
+    strategy.train()
+    return (answer.argmax(-1) == batch["y"]).float().mean(1)
+
+
+def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> NDArray[np.float64]:
+    """Accuracy of every run on every split; NaN for a split that was not evaluated.    Shapes: -> [R, S]."""
+    metric = Accuracy(strategy.env.runs, len(holdout.names), strategy.env.device)
+    strategy.eval()
+    with torch.inference_mode():
+        for chunk in holdout.chunks(step, full):
+            metric.update(strategy.predict(chunk), chunk)
+    strategy.train()
+    accuracy: NDArray[np.float64] = metric.result()["accuracy"].cpu().numpy()
+    return accuracy
+
+
+def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int, full: bool) -> None:
+    """Evaluate and write it down. Before the first step every split is asked: forward transfer needs that."""
+    holdout = stream.holdout()
+    if holdout is None:
+        return
+    samples = (step + 1) * stream.batch_size
+    accuracy = evaluate(strategy, holdout, step if step >= 0 else len(stream), full)
+    journal.write("evaluation", samples, task_end=full, accuracy=accuracy, seen=stream.seen(step))
+    memory = getattr(strategy, "memory", None)
+    if full and memory is not None and "y" in (rows := memory.rows()):
+        journal.write("memory", samples, counts=class_counts(rows, stream.classes))
+
+
+def class_counts(rows: Mapping[str, Tensor], classes: int) -> NDArray[np.int64]:
+    """How many valid rows each class has.    Shapes: y, valid [R, M] -> [R, C]."""
+    each = (rows["y"][..., None] == torch.arange(classes, device=rows["y"].device)) & rows["valid"][..., None]
+    counts: NDArray[np.int64] = each.sum(1).cpu().numpy()
+    return counts
+
+
+def _flush(
+    meter: Meter, stream: Stream, step: int, progress: Progress, journal: Journal, clock: Clock, place: Place
+) -> None:
+    """Read the logs, check them, add to the running totals, write one line."""
+    steps = len({number for number, _, _ in meter.pending})
+    columns = meter.drain()
+    _raise_if_diverged(columns, place)
+    seconds = clock.read()
+    progress.train_seconds += seconds
+    progress.timed_steps += steps
+    curve = {key: column.values.mean(0) for key, column in columns.items()}
+    if WINDOW in columns:
+        hits = columns[WINDOW].values
+        progress.hits = [float(total) for total in np.add(progress.hits or 0.0, hits.sum(0))]
+        progress.tested += len(hits)
+    if progress.tested:
+        curve["acc_prequential"] = np.array(progress.hits) / progress.tested
+    speed = steps * stream.batch_size / max(seconds, 1e-9)
+    runs = len(next(iter(curve.values()), ()))
+    journal.write("curve", (step + 1) * stream.batch_size, values={**curve, "samples_per_second": np.full(runs, speed)})
+
+
+def _raise_if_diverged(columns: Mapping[str, Column], place: Place) -> None:
+    bad = [int(c.steps[~np.isfinite(c.values).all(1)][0]) for c in columns.values() if not np.isfinite(c.values).all()]
+    if not bad:
+        return
+    first = min(bad)
+    parts = {key: c.values[c.steps == first] for key, c in columns.items() if key != WINDOW}
+    shown = ", ".join(f"{key} = {', '.join(f'{v:.4g}' for v in rows[0])}" for key, rows in parts.items() if len(rows))
+    kept = checkpoint.listed(place.folder)
+    last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+    raise Diverged(f"not finite at step {first}: {shown}; {last}. Try a smaller --set strategy.lr=...")

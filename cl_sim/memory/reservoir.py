@@ -1,0 +1,39 @@
+"""Reservoir: every sample of the stream is equally likely to be in the memory.
+
+Source: Vitter 1985, "Random Sampling with a Reservoir", algorithm R, a batch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from cl_sim.memory.rows import Rows, last_wins
+from cl_sim.rng import Rng
+from cl_sim.types import Batch, Field
+
+Rule = Literal["vitter", "frozen"]
+
+
+class Reservoir(Rows):
+    """Sample number n (from 1) takes a slot drawn below n, and is dropped if the memory has no such slot.
+
+    `rule="frozen"` is what the online-continual-learning code line does: all samples of a batch that find the memory full draw
+    below the number seen before them, not counting the batch itself, so the newest are kept a little too often.
+    """
+
+    def __init__(self, capacity: int, fields: Mapping[str, Field], rng: Rng, rule: Rule = "vitter") -> None:
+        super().__init__(capacity, fields, rng)
+        self.rule = rule
+
+    def add(self, batch: Batch) -> None:
+        """Offer a batch [R, B, ...]; if two of its samples draw one slot, the later one stays."""
+        size = batch[next(iter(self.fields))].shape[1]
+        place = self.seen[:, None] + torch.arange(size, device=self.seen.device)  # [R, B], from 0
+        bound = place + 1 if self.rule == "vitter" else self.seen[:, None].clamp(min=self.capacity)
+        drawn = self.rng.below(bound, size)
+        slot = torch.where(place < self.capacity, place, drawn).clamp(max=self.capacity)
+        self.write(last_wins(slot, self.capacity), batch)
+        self.count(size)

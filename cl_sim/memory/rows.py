@@ -1,0 +1,137 @@
+"""What every memory is: rows of named fields on the device, one set per run, drawn from uniformly and without replacement.
+
+A memory differs from another only in its rule for who leaves: subclasses write `add`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_sim.errors import BadConfig
+from cl_sim.rng import Rng
+from cl_sim.types import Batch, Field
+
+
+class Rows(nn.Module):
+    """A fixed number of rows per run, filled in order of arrival.
+
+    Each field is a buffer [R, M + 1, *shape] in its own dtype (images stay bytes); the last row takes what is not to be kept, so
+    that a write has the same shape at every step. `seen` counts what was offered, per run.
+
+    Raises: BadConfig if the capacity is below 1.
+    """
+
+    seen: Tensor  # [R] int64
+
+    def __init__(self, capacity: int, fields: Mapping[str, Field], rng: Rng) -> None:
+        super().__init__()
+        if capacity < 1:
+            raise BadConfig(f"capacity is {capacity}; a memory needs room for at least 1 sample")
+        self.capacity, self.fields = capacity, dict(fields)
+        self.draw = _Unregistered(rng)
+        device = rng.key.device
+        for name, f in fields.items():
+            empty = torch.zeros(rng.runs, capacity + 1, *f.shape, dtype=f.dtype, device=device)
+            self.register_buffer(f"row_{name}", empty)
+        self.register_buffer("seen", torch.zeros(rng.runs, dtype=torch.int64, device=device))
+        self.run = torch.arange(rng.runs, device=device)[:, None]  # [R, 1]
+        self.offered = 0  # the host's copy of `seen`, the same for every run
+        self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]
+
+    @property
+    def rng(self) -> Rng:
+        """The random numbers it draws from; their state is saved by whoever owns them."""
+        return self.draw.rng
+
+    def row(self, name: str) -> Tensor:
+        """A field of all rows, the spare one included.    Shapes: -> [R, M + 1, *shape]."""
+        return self.get_buffer(f"row_{name}")
+
+    def __len__(self) -> int:
+        """Rows filled, the same for every run."""
+        return min(self.offered, self.capacity)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What one row costs."""
+        return sum(math.prod(f.shape) * torch.empty((), dtype=f.dtype).element_size() for f in self.fields.values())
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows of one run cost."""
+        return self.capacity * self.bytes_per_row
+
+    def add(self, batch: Batch) -> None:
+        """Offer a batch [R, B, ...]; fields that the memory does not have are left out."""
+        raise NotImplementedError
+
+    def write(self, slot: Tensor, values: Batch) -> None:
+        """Overwrite the given fields of rows; slot M means nowhere. No slot but M may come twice.    Shapes: slot [R, n]."""
+        for name, value in values.items():
+            if name in self.fields:
+                self.row(name).index_put_((self.run, slot), value)
+
+    def valid(self) -> Tensor:
+        """Which rows are filled.    Shapes: -> [R, M] bool."""
+        return (torch.arange(self.capacity, device=self.run.device) < len(self)).expand(len(self.run), -1)
+
+    def sample(self, n: int, only: Tensor | None = None, exclude: Tensor | None = None) -> Batch:
+        """Draw min(n, len) rows per run, none twice, each equally likely.
+
+        `only` and `exclude` are class masks. With one, the batch has a column `valid`: rows of the wanted classes come
+        first, the rest is padding, so that the shape does not depend on what is stored.
+
+        Shapes: masks [R, C] or [C] bool -> each field [R, n, *shape], slot [R, n] int64 (the row), valid [R, n] bool.
+        """
+        n = min(n, len(self))
+        allowed = self.valid()
+        if only is not None:
+            allowed = allowed & self._in_classes(only)
+        if exclude is not None:
+            allowed = allowed & ~self._in_classes(exclude)
+        slot = self.rng.choose(n, allowed)
+        drawn = {name: self.row(name)[self.run, slot] for name in self.fields}
+        drawn["slot"] = slot
+        if only is not None or exclude is not None:
+            drawn["valid"] = allowed.gather(1, slot)
+        return drawn
+
+    def _in_classes(self, mask: Tensor) -> Tensor:
+        labels = self.row("y")[:, : self.capacity]
+        return mask.expand(len(labels), -1).gather(1, labels)
+
+    def rows(self) -> Batch:
+        """Every row, with `valid` [R, M] telling which are filled."""
+        return {name: self.row(name)[:, : self.capacity] for name in self.fields} | {"valid": self.valid()}
+
+    def count(self, offered: int) -> None:
+        """Note that so many samples were offered."""
+        self.seen += offered
+        self.offered += offered
+
+
+class _Unregistered:
+    """Keeps a module out of state_dict: the strategy that made it saves it."""
+
+    def __init__(self, rng: Rng) -> None:
+        self.rng = rng
+
+
+def _recount(memory: Any, keys: Any) -> None:
+    memory.offered = int(memory.seen[0])
+
+
+def last_wins(slot: Tensor, nowhere: int) -> Tensor:
+    """Send all but the last of equal slots nowhere, so that a write does not depend on the device's order.
+
+    Shapes: slot [R, n] -> same.
+    """
+    n = slot.shape[1]
+    later = torch.ones(n, n, dtype=torch.bool, device=slot.device).triu(1)
+    beaten = ((slot[:, :, None] == slot[:, None, :]) & later).any(2)
+    return slot.masked_fill(beaten, nowhere)

@@ -1,0 +1,276 @@
+"""Results -> tables: means with 95 % intervals over seeds, and paired differences."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_sim.errors import ClSimError
+
+Result = dict[str, Any]
+USUAL = (
+    "acc_end",
+    "acc_aaa",
+    "acc_incremental",
+    "acc_worst_case",
+    "forgetting_chaudhry",
+    "acc_prequential",
+    "samples_per_second",
+    "memory_bytes",
+)
+SHARES = ("acc", "forgetting", "bwt", "fwt")  # metrics in [-1, 1], shown in percent
+LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "peak_bytes", "parameters")
+COSTS = ("samples_per_second", "step_ms", "memory_bytes", "peak_bytes", "parameters")  # never in bold
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with the half-width of its 95 % interval (NaN for one seed)."""
+
+    mean: float
+    half: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: its estimate, and the p-value of the paired t test (NaN below two pairs)."""
+
+    estimate: Estimate
+    p: float
+
+
+def read(path: Path) -> Result:
+    """The result of a finished run, from its folder or its result.json.    Raises: ClSimError."""
+    file = path / "result.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ClSimError(f"{path} has no result yet; finish it with: cl-sim resume {path.name}")
+    result: Result = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def interval(values: Sequence[float | None]) -> Estimate:
+    """Mean and t_{0.975, n-1} * s / sqrt(n) over the values that are there."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    n = len(known)
+    if n == 0:
+        return Estimate(math.nan, math.nan, 0)
+    if n == 1:
+        return Estimate(float(known[0]), math.nan, 1)
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, n - 1) * known.std(ddof=1) / math.sqrt(n))
+    return Estimate(float(known.mean()), half, n)
+
+
+def paired(one: Result, two: Result, metric: str) -> Difference:
+    """The difference two - one over the seeds that both have.    Raises: ClSimError if they cannot be paired."""
+    if one["data_digest"] != two["data_digest"] or one["stream"] != two["stream"]:
+        raise ClSimError(
+            f"{one['name']} ran on {one['stream']} and {two['name']} on {two['stream']} (or on other data); differences "
+            "need the same stream and data"
+        )
+    pairs = [
+        (a, b)
+        for a, b in zip(_by_seed(one, metric, two), _by_seed(two, metric, one), strict=True)
+        if None not in (a, b)
+    ]
+    if not pairs:
+        raise ClSimError(f"{one['name']} and {two['name']} share no seed with {metric}; run both with the same --seeds")
+    gaps = [b - a for a, b in pairs]
+    estimate = interval(gaps)
+    if len(gaps) < 2 or np.std(gaps) == 0:
+        return Difference(estimate, math.nan)
+    from scipy import stats
+
+    return Difference(estimate, float(stats.ttest_1samp(gaps, 0).pvalue))
+
+
+def _by_seed(result: Result, metric: str, other: Result) -> list[Any]:
+    values = dict(zip(result["seeds"], result["metrics"].get(metric, [None] * len(result["seeds"])), strict=True))
+    return [values[seed] for seed in sorted(set(result["seeds"]) & set(other["seeds"]))]
+
+
+def columns(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+    """The metrics to show: those asked for, else the usual ones that any result has.    Raises: ClSimError."""
+    there = {key for result in results for key in result["metrics"]}
+    for metric in metrics:
+        if metric not in there:
+            raise ClSimError(f"no result has the metric '{metric}'; they have {', '.join(sorted(there))}")
+    return list(metrics) or [metric for metric in USUAL if metric in there]
+
+
+def shown(metric: str, estimate: Estimate, plus: str = "±", signed: bool = False) -> str:
+    """An estimate in words: percent for accuracies, megabytes for bytes."""
+    if estimate.n == 0:
+        return "-"
+    sign = "+" if signed else ""
+    scale, places = (100, 1) if metric.startswith(SHARES) else (1e-6, 2) if metric.endswith("_bytes") else (1, 1)
+    mean = f"{estimate.mean * scale:{sign}.{places}f}"
+    return mean if math.isnan(estimate.half) else f"{mean} {plus} {estimate.half * scale:.{places}f}"
+
+
+def heading(metric: str) -> str:
+    """A column's title with its unit."""
+    if metric.startswith(SHARES):
+        return f"{metric} %"
+    return metric.replace("_bytes", " MB") if metric.endswith("_bytes") else metric
+
+
+def label(result: Result, results: Sequence[Result]) -> str:
+    """The strategy's name, or the run's where a strategy comes twice."""
+    twice = sum(other["strategy"] == result["strategy"] for other in results) > 1
+    return str(result["name"] if twice else result["strategy"])
+
+
+def _best(results: Sequence[Result], metric: str) -> float:
+    means = [
+        interval(result["metrics"].get(metric, [])).mean for result in results if result.get("role") != "upper bound"
+    ]
+    known = [mean for mean in means if not math.isnan(mean)]
+    if not known or metric in COSTS:
+        return math.nan
+    return min(known) if metric.startswith(LOWER_IS_BETTER) else max(known)
+
+
+def means_table(
+    results: Sequence[Result], metrics: Sequence[str], plus: str = "±", bold: str = "{}"
+) -> list[list[str]]:
+    """Header and one row per result; the best of a column (the upper bound left out) in bold."""
+    rows = [["strategy", "seeds", *(heading(metric) for metric in metrics)]]
+    for result in results:
+        row = [label(result, results), str(len(result["seeds"]))]
+        for metric in metrics:
+            estimate = interval(result["metrics"].get(metric, []))
+            text = shown(metric, estimate, plus)
+            row.append(bold.format(text) if estimate.mean == _best(results, metric) and len(results) > 1 else text)
+        rows.append(row)
+    return rows
+
+
+def difference_table(
+    results: Sequence[Result], metrics: Sequence[str], base: Result, plus: str = "±"
+) -> list[list[str]]:
+    """Header and one row per other result: its paired difference to the baseline."""
+    rows = [[f"minus {label(base, results)}", "pairs", *(heading(metric) for metric in metrics)]]
+    for result in results:
+        if result["name"] == base["name"]:
+            continue
+        cells, pairs = [], 0
+        for metric in metrics:
+            if metric not in result["metrics"] or metric not in base["metrics"]:
+                cells.append("-")
+                continue
+            difference = paired(base, result, metric)
+            pairs = max(pairs, difference.estimate.n)
+            cells.append(shown(metric, difference.estimate, plus, signed=True))
+        rows.append([label(result, results), str(pairs), *cells])
+    return rows
+
+
+def comparable(results: Sequence[Result], base: Result) -> list[Result]:
+    """The results on the baseline's stream and data."""
+    same = (base["stream"], base["data_digest"])
+    return [result for result in results if (result["stream"], result["data_digest"]) == same]
+
+
+def render(results: Sequence[Result], form: str, *, metrics: Sequence[str] = (), baseline: Result | None = None) -> str:
+    """The means and, with several results on one stream, the differences; as markdown, csv or latex."""
+    wanted = columns(results, metrics)
+    base = baseline or results[0]
+    accuracies = [metric for metric in wanted if metric.startswith(SHARES)]
+    twins = comparable(results, base)
+    writer = {"markdown": markdown, "csv": csv_text, "latex": latex}[form]
+    plus, bold = {"markdown": ("±", "**{}**"), "csv": ("±", "{}"), "latex": (r"$\pm$", r"\textbf{{{}}}")}[form]
+    parts = [writer(means_table(results, wanted, plus, bold))]
+    if len(twins) > 1 and accuracies:
+        parts.append(writer(difference_table(twins, accuracies, base, plus)))
+    return "\n".join(parts)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A pipe table."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "".join("| " + " | ".join(row) + " |\n" for row in lines)
+
+
+def csv_text(rows: Sequence[Sequence[str]]) -> str:
+    """Comma-separated values."""
+    import csv
+
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+    """A tabular for the booktabs package."""
+    head, *body = [[cell.replace("_", r"\_").replace("%", r"\%") for cell in row] for row in rows]
+    lines = [r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
+    lines += [" & ".join(row) + r" \\" for row in body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def show(
+    results: Sequence[Result], console: Any, *, metrics: Sequence[str] = (), baseline: Result | None = None
+) -> None:
+    """Print the means and the differences to a terminal."""
+    from rich.table import Table
+
+    wanted = columns(results, metrics)
+    base = baseline or results[0]
+    stream = ", ".join(sorted({result["stream"] for result in results}))
+    tables = [(f"{stream}: mean ± 95 % interval over seeds", means_table(results, wanted, bold="[bold]{}[/bold]"))]
+    accuracies = [metric for metric in wanted if metric.startswith(SHARES)]
+    twins = comparable(results, base)
+    if len(twins) > 1 and accuracies:
+        tables.append(("paired differences, same seeds", difference_table(twins, accuracies, base)))
+    for title, (head, *body) in tables:
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(head):
+            table.add_column(name, justify="right" if number else "left")
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+
+
+def tables_from_results(folder: Path) -> str:
+    """One document from results/<stream>/<strategy>.json, a table per stream.    Raises: ClSimError if there is none."""
+    files = sorted(folder.glob("*/*.json"))
+    if not files:
+        raise ClSimError(f"{folder} holds no <stream>/<strategy>.json; add a run with: cl-sim report --add RUN")
+    text = "# Results\n\nMade by `cl-sim report` from the files beside it; mean ± 95 % interval over seeds (Student's t).\n"
+    for stream in sorted({file.parent.name for file in files}):
+        results = [read(file) for file in files if file.parent.name == stream]
+        results.sort(key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
+        text += f"\n## {stream}\n\n" + markdown(_with_paper(results, columns(results, ())))
+        for note in sorted({r["data_note"] for r in results if r.get("data_note")}):
+            text += f"\nData: {note}\n"
+        text += "\n" + "".join(_origin(result) for result in results)
+    return text
+
+
+def _with_paper(results: Sequence[Result], metrics: Sequence[str]) -> list[list[str]]:
+    rows = means_table(results, metrics, bold="**{}**")
+    if not any(result.get("paper") for result in results):
+        return rows
+    published = ["paper's acc_end %"]
+    for result in results:
+        value, half, source = result.get("paper", {}).get("acc_end", (None, None, ""))
+        published.append("-" if value is None else f"{100 * value:.1f} ± {100 * half:.1f} ({source})")
+    return [[*row, cell] for row, cell in zip(rows, published, strict=True)]
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    return (
+        f"- `{result['strategy']}`: `{result['command']}`; seeds {result['seeds']}, commit {result['commit'][:10]}, data "
+        f"{result['data_digest'][:8]}, {result['machine']}, torch {result['versions'].get('torch', '?')}\n"
+    )

@@ -1,0 +1,94 @@
+"""Counter-based random numbers on the device, one independent sequence per run.
+
+Number i of run r is a hash of (key of r, i), so a run draws the same numbers alone or stacked with others, on a CPU or a
+GPU, before or after a resume: the whole state is two integers per run, both buffers. All arithmetic up to `uniform` is on
+integers (or exact in float32), hence bit-equal on every device.
+
+Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64), with the counter in
+place of the running state. Departures: runs start at hashed offsets of one sequence of length 2^64 (ours).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+GOLDEN, MIX_1, MIX_2 = (
+    value - (1 << 64) if value >= 1 << 63 else value
+    for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def derive(seed: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose of one run, the same on every machine."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def shift_right(bits: Tensor, places: int) -> Tensor:
+    """Logical shift of int64 words, filling with zeros."""
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+class Rng(nn.Module):
+    """Random numbers for R runs. Every method returns a tensor whose first axis is the run.
+
+    Shapes: key [R], counter [R], both int64 buffers.
+    """
+
+    key: Tensor
+    counter: Tensor
+
+    def __init__(self, seeds: Sequence[int], purpose: str, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        keys = torch.tensor([derive(seed, purpose) for seed in seeds], dtype=torch.int64, device=device)
+        self.register_buffer("key", keys)
+        self.register_buffer("counter", torch.zeros_like(keys))
+
+    @property
+    def runs(self) -> int:
+        """How many runs draw from here."""
+        return len(self.key)
+
+    def bits(self, *shape: int) -> Tensor:
+        """64 random bits per element, as int64.    Shapes: -> [R, *shape]."""
+        count = math.prod(shape)
+        index = torch.arange(1, count + 1, device=self.key.device) + self.counter[:, None]  # [R, N]
+        self.counter += count
+        word = index * GOLDEN + self.key[:, None]
+        word = (word ^ shift_right(word, 30)) * MIX_1
+        word = (word ^ shift_right(word, 27)) * MIX_2
+        return (word ^ shift_right(word, 31)).view(-1, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Multiples of 2^-24 in [0, 1), as float32.    Shapes: -> [R, *shape]."""
+        return shift_right(self.bits(*shape), 40) * 2.0**-24
+
+    def below(self, bound: int | Tensor, *shape: int) -> Tensor:
+        """Whole numbers in [0, bound), bound < 2^31 (a tensor broadcasts to [R, *shape]); bias at most bound / 2^32."""
+        return (shift_right(self.bits(*shape), 32) * bound) >> 32
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32 numbers, by Box and Muller.    Shapes: -> [R, *shape]."""
+        radius, angle = self.uniform(2, *shape).unbind(1)
+        return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+
+    def chance(self, probability: float, *shape: int) -> Tensor:
+        """True with the given probability, independently.    Shapes: -> [R, *shape] bool."""
+        return self.uniform(*shape) < probability
+
+    def permutation(self, n: int) -> Tensor:
+        """One random order of 0..n-1 per run.    Shapes: -> [R, n]."""
+        return shift_right(self.bits(n), 1).argsort(-1)
+
+    def choose(self, k: int, allowed: Tensor) -> Tensor:
+        """K different columns per run, uniform over the allowed ones; forbidden ones come last, if they must.
+
+        Shapes: allowed [R, N] bool -> [R, k]. The priorities have 63 bits, so a tie is not to be expected.
+        """
+        priority = shift_right(self.bits(allowed.shape[-1]), 1)
+        return priority.masked_fill(~allowed, -1).topk(k, dim=-1).indices

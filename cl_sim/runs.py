@@ -1,0 +1,82 @@
+"""The run axis: a net per run, a loss for every run, batches side by side.
+
+Networks and losses are written for one run, as in a paper; here they are lifted to R runs. One run skips the lift.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_map
+
+from cl_sim.types import Batch
+
+
+class Lift(nn.Module):
+    """One network per run: parameters and buffers stacked on axis 0, evaluated by vmap in one call.
+
+    Called with tensors [R, ...], it returns what the network returns, with [R] in front. With a single run it holds the
+    network as it is, in channels-last layout (on 2 cores a third faster for 32x32 images, forward and backward).
+    """
+
+    def __init__(self, nets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.runs = len(nets)
+        self.net = nets[0] if self.runs == 1 else _stack(nets)
+        if self.runs == 1:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Evaluate every run's net on its own inputs.    Shapes: each [R, ...] -> [R, ...]."""
+        if self.runs == 1:
+            return tree_map(lambda out: out[None], self.net(*(_single(x) for x in inputs)))
+        state = dict(self.net.named_parameters()), dict(self.net.named_buffers())
+        return vmap(lambda held, args: functional_call(self.net, held, args))(state, inputs)
+
+
+def _single(x: Tensor) -> Tensor:
+    return x[0].contiguous(memory_format=torch.channels_last) if x.dim() == 5 else x[0]
+
+
+def _stack(nets: Sequence[nn.Module]) -> nn.Module:
+    """The first net, with every parameter and buffer replaced by the stack over all nets."""
+    whole = copy.deepcopy(nets[0])
+    for path, module in whole.named_modules():
+        twins = [net.get_submodule(path) for net in nets]
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            stacked = torch.stack([twin.get_parameter(name).detach() for twin in twins])
+            setattr(module, name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
+        for name, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.stack([twin.get_buffer(name) for twin in twins]))
+    return whole
+
+
+def per_run(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Lift a function of one run's tensors to R runs; keyword arguments are shared by all runs.
+
+    Shapes: each positional argument [R, ...] -> [R, ...].
+    """
+
+    @wraps(function)
+    def lifted(*args: Tensor, **shared: Any) -> Tensor:
+        if len(args[0]) == 1:
+            return function(*(arg[0] for arg in args), **shared)[None]
+        result: Tensor = vmap(lambda *one: function(*one, **shared))(*args)
+        return result
+
+    return lifted
+
+
+def join(*batches: Batch) -> Batch:
+    """Put batches side by side along the sample axis; only the keys all of them have.
+
+    Shapes: [R, B_i, ...] -> [R, sum of B_i, ...].
+    """
+    shared = [key for key in batches[0] if all(key in batch for batch in batches)]
+    return {key: torch.cat([batch[key] for batch in batches], dim=1) for key in shared}

@@ -1,0 +1,176 @@
+"""From settings to a trained group of runs: build the parts, run the engine, write the summary."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from cl_sim import augment, encoders, registry, store
+from cl_sim.config import RunConfig, from_dict
+from cl_sim.engine import Place, Plan, Progress, run
+from cl_sim.errors import BadConfig, ClSimError, RunBusy
+from cl_sim.memory.rows import Rows
+from cl_sim.metrics import transfer
+from cl_sim.rng import Rng
+from cl_sim.strategy import Env, Strategy
+from cl_sim.stream import Stream
+from cl_sim.tracking.journal import Journal, read
+
+
+def build_stream(config: RunConfig, seeds: Sequence[int]) -> Stream:
+    """The stream of these seeds; in shuffled order if the strategy wants that."""
+    strategy = registry.load("strategy", config.strategy.name)
+    cls = registry.load("stream", config.stream.name)
+    stream: Stream = cls(config.stream.config, tuple(seeds), torch.device(config.device), config.data, iid=strategy.iid)
+    if stream.task not in strategy.tasks:
+        raise BadConfig(
+            f"strategy '{config.strategy.name}' can {' or '.join(sorted(strategy.tasks))}, but stream "
+            f"'{config.stream.name}' asks to {stream.task}; see cl-sim list strategies"
+        )
+    return stream
+
+
+def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> Strategy:
+    """The strategy for these seeds, on this stream."""
+    cls = registry.load("strategy", config.strategy.name)
+    device = torch.device(config.device)
+    rng = Rng(seeds, "strategy", device)
+    env = Env(
+        task=stream.task,
+        fields=stream.fields,
+        classes=stream.classes,
+        samples=stream.samples,
+        announces=stream.announces,
+        seeds=tuple(seeds),
+        rng=rng,
+        device=device,
+        augment=augment.pipeline(config.augment, rng, stream.fields),
+        encoder=lambda: encoders.build(config.encoder.name, config.encoder.config, stream.fields["x"]),
+    )
+    strategy: Strategy = cls(config.strategy.config, env)
+    return strategy
+
+
+class StopSignal:
+    """Turns Ctrl-C, a polite kill, and the death of the parent process into a request to stop after the step."""
+
+    def __init__(self) -> None:
+        self.asked, self.parent = False, os.getppid()
+
+    def install(self) -> None:
+        """Listen for SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Stop after the step in progress."""
+        self.asked = True
+
+    def __call__(self) -> bool:
+        """Has a stop been asked for?"""
+        return self.asked or os.getppid() != self.parent
+
+
+def train(
+    run_dir: Path, group: int, stop: Callable[[], bool] = lambda: False, note: Callable[[str], None] = print
+) -> str:
+    """Train one group of a run to its end, or from where it stopped; returns its status.
+
+    Raises: RunBusy if another process is at it; any ClSimError of the run, after writing it to the journal.
+    """
+    record = store.record_of(run_dir)
+    config, seeds = from_dict(record["config"]), tuple(record["groups"][group])
+    folder = run_dir / f"group-{group}"
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return _train(config, seeds, Place(folder, f"{record['id']}/group-{group}"), stop, note)
+    except Timeout:
+        raise RunBusy(f"{folder} is being written by another process; wait for it, or stop it") from None
+
+
+def _train(
+    config: RunConfig, seeds: tuple[int, ...], place: Place, stop: Callable[[], bool], note: Callable[[str], None]
+) -> str:
+    torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    with Journal(place.folder / "journal.jsonl") as journal:
+        return _journaled(config, seeds, place, journal, stop, note)
+
+
+def _journaled(
+    config: RunConfig,
+    seeds: tuple[int, ...],
+    place: Place,
+    journal: Journal,
+    stop: Callable[[], bool],
+    note: Callable[[str], None],
+) -> str:
+    """Train, and write into the journal how it ended."""
+    try:
+        stream = build_stream(config, seeds)
+        strategy = build_strategy(config, stream, seeds)
+        progress = run(stream, strategy, plan_of(config, stream), journal, place, stop=stop, note=note)
+    except Exception as error:
+        reason = str(error) if isinstance(error, ClSimError) else f"{type(error).__name__}: {error}"
+        journal.end("failed", reason)
+        raise
+    if progress is None:
+        journal.end("interrupted", "stopped on request")
+        return "interrupted"
+    journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
+    journal.end("finished", "")
+    return "finished"
+
+
+def plan_of(config: RunConfig, stream: Stream) -> Plan:
+    """When to measure, read and save, from the settings."""
+    return Plan.of(
+        stream,
+        per_task=config.evaluate.per_task,
+        prequential=config.evaluate.prequential,
+        flush_every=config.flush_every,
+        save_every=config.save_every,
+    )
+
+
+def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progress) -> dict[str, Any]:
+    """One value per run of every summary metric, from the journal and the strategy."""
+    runs = strategy.env.runs
+    lines = [line for line in read(folder / "journal.jsonl")[0] if line["kind"] == "evaluation"]
+    summaries = [transfer.summary(transfer.record(lines, run)) for run in range(runs)] if lines else [{}] * runs
+    values = {key: [summary.get(key, float("nan")) for summary in summaries] for key in summaries[0]}
+    if progress.tested:
+        values["acc_prequential"] = [hits / progress.tested for hits in progress.hits]
+    seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
+    costs = {
+        "samples_per_second": stream.batch_size / seconds,
+        "step_ms": 1000 * seconds,
+        "memory_bytes": memory_bytes(strategy),
+        "parameters": sum(p.numel() for p in strategy.parameters()) // runs,
+        "peak_bytes": peak_bytes(strategy.env.device),
+    }
+    return values | {key: np.full(runs, float(value)) for key, value in costs.items()}
+
+
+def memory_bytes(strategy: nn.Module) -> int:
+    """Bytes that the memories' rows take, per run."""
+    return sum(module.nbytes for module in strategy.modules() if isinstance(module, Rows))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the GPU if it trains there, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

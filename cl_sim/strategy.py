@@ -1,0 +1,101 @@
+"""What a strategy is, and what it is given to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_sim.rng import Rng, derive
+from cl_sim.runs import Lift
+from cl_sim.types import Batch, Fields, Logs
+
+
+@dataclass(kw_only=True)
+class Env:
+    """What the simulator hands a strategy: the stream's shape, nets, random numbers, augmentation.
+
+    `encoder()` makes a fresh encoder written for one run; `augment(batch)` turns stored samples into training views.
+    """
+
+    task: str  # what predict must return: classify, embed, rank or associate
+    fields: Fields  # columns of every batch
+    classes: int
+    samples: int  # of the whole stream, per run
+    announces: bool  # will boundary() be called?
+    seeds: tuple[int, ...]  # one per run
+    rng: Rng
+    device: torch.device
+    augment: Callable[[Batch], Batch]
+    encoder: Callable[[], Any]
+    lifted: int = field(default=0, init=False)
+
+    @property
+    def runs(self) -> int:
+        """How many runs train side by side."""
+        return len(self.seeds)
+
+    def lift(self, make: Callable[[], nn.Module]) -> Lift:
+        """Make one net per run, each initialised from its own run's seed, and lift them.
+
+        A run's initial weights depend on its seed and on how many nets the strategy made before, never on other runs.
+        """
+        nets = []
+        for seed in self.seeds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(seed, f"net {self.lifted}"))
+                nets.append(make().to(self.device))
+        self.lifted += 1
+        return Lift(nets)
+
+
+class Strategy(nn.Module):
+    """A method that learns from a stream. Its state_dict holds everything: nets, memories, optimisers, random numbers."""
+
+    Config: ClassVar[type]
+    tasks: ClassVar[frozenset[str]]
+    iid: ClassVar[bool] = False  # True: wants the stream's samples in one shuffled order (an upper reference)
+    role: ClassVar[str] = "strategy"  # or "lower bound", "upper bound": how tables and the MLflow tag call it
+
+    def __init__(self, cfg: Any, env: Env) -> None:
+        super().__init__()
+        self.cfg, self.env, self.rng = cfg, env, env.rng
+
+    @property
+    def steady(self) -> bool:
+        """False while shapes may still change, and always for code that reads the host: such a step is never captured."""
+        return True
+
+    def observe(self, new: Batch) -> Logs:
+        """Learn from one batch, in place.    Shapes: [R, B, ...] -> each log [R]."""
+        raise NotImplementedError
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Answer for the batch; callable at any step, changes nothing.    Shapes: [R, B, ...] -> [R, B, ...]."""
+        raise NotImplementedError
+
+    def boundary(self) -> None:
+        """A task has ended. Called only if the stream announces it."""
+
+    def descend(self, loss: Tensor, optimiser: Optimizer) -> None:
+        """One gradient step. The sum over runs keeps their gradients apart.    Shapes: loss [R]."""
+        optimiser.zero_grad()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    def optimisers(self) -> dict[str, Optimizer]:
+        """The optimisers this strategy holds, by attribute name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Optimizer)}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What state_dict saves beside parameters and buffers: the optimisers."""
+        return {name: optimiser.state_dict() for name, optimiser in self.optimisers().items()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what get_extra_state returned."""
+        for name, optimiser in self.optimisers().items():
+            optimiser.load_state_dict(state[name])

@@ -1,0 +1,62 @@
+"""What a stream is: batches by step, and sets to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cl_sim.types import Batch, Field
+
+
+class Holdout(Protocol):
+    """Samples that are only ever evaluated on, in named splits (the test set of each task, say).
+
+    Every chunk is a Batch that also carries `split` [R, B]: the number of the split each sample belongs to. Splits may
+    differ between runs (another class order makes other tasks) while the samples stay in place.
+    """
+
+    names: Sequence[str]  # of the splits, S of them
+
+    def chunks(self, step: int, full: bool) -> Iterator[Batch]:
+        """All samples, or with full=False a small fixed class-balanced part (of what was seen by then), in chunks."""
+        ...
+
+
+class Stream(Protocol):
+    """Samples in order, each once. Everything depends on (seeds, step) only: there is no cursor to save."""
+
+    Config: ClassVar[type]
+    task: str  # what predict returns: "classify" logits, "embed" vectors, "rank" item scores, "associate" embeddings
+    fields: Mapping[str, Field]
+    classes: int
+    samples: int  # per run
+    batch_size: int
+    announces: bool  # may strategies hear of task boundaries?
+    digest: str  # content hash of the data, for the record
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The samples of one step.    Shapes: each [R, B, ...]."""
+        ...
+
+    def ends_task(self, step: int) -> bool:
+        """Is this the last step of a task? For the engine and metrics; observe never sees it."""
+        ...
+
+    def seen(self, step: int) -> NDArray[np.bool_]:
+        """Which splits count as seen after this step (-1: before the first).    Shapes: -> [R, S]."""
+        ...
+
+    def holdout(self) -> Holdout | None:
+        """The evaluation sets; None for a stream that is only measured test-then-train."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Counts and choices worth printing: tasks, class order of the first run, samples left out."""
+        ...

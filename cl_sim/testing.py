@@ -1,0 +1,250 @@
+"""The conformance kit: what every strategy must keep to, as checks that run on a CPU in seconds.
+
+    from cl_sim.testing import CHECKS, toy
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_strategy(check):
+        check(lambda seeds: toy("my_strategy", seeds))
+
+Each check raises AssertionError with a sentence. `toy` builds a strategy by its registered name on a small made-up stream.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cl_sim import checkpoint, session
+from cl_sim.config import from_dict, merge
+from cl_sim.engine import evaluate
+from cl_sim.strategy import Strategy
+from cl_sim.stream import Stream
+
+aten = torch.ops.aten
+HOST_READS = frozenset(
+    {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_dim", "equal"}
+)
+TOLERANCE = 1e-3  # stacked against alone: float32 sums in another order, over some dozen steps
+
+
+class Toy(NamedTuple):
+    """A strategy and the small stream it learns from."""
+
+    stream: Stream
+    strategy: Strategy
+
+
+Make = Callable[[Sequence[int]], Toy]
+
+
+def toy(name: str, seeds: Sequence[int], settings: Mapping[str, Any] | None = None) -> Toy:
+    """A registered strategy on 4 made-up classes in 2 tasks, with a small net; `settings` overrides any of that."""
+    base = {
+        "strategy": {"name": name},
+        "stream": {"name": "synthetic", "classes": 4, "tasks": 2, "per_class": 100, "noise": 0.1, "order": "fixed"},
+        "encoder": {"name": "mlp", "hidden": [32]},
+        "seeds": list(seeds),
+        "stack": len(seeds),
+    }
+    config = from_dict(merge(base, settings or {}))
+    stream = session.build_stream(config, config.seeds)
+    return Toy(stream, session.build_strategy(config, stream, config.seeds))
+
+
+def train(made: Toy, start: int, stop: int) -> None:
+    """Observe the steps start..stop-1, with boundaries if the stream announces them."""
+    made.strategy.train()
+    for step in range(start, stop):
+        made.strategy.observe(made.stream.batch(step))
+        if made.stream.announces and made.stream.ends_task(step):
+            made.strategy.boundary()
+
+
+class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where a tensor would be read by the host, or where its values would decide a shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse the operators that read the host; run the others."""
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1] if i is not None
+        )
+        reads = name in HOST_READS or by_mask
+        assert not reads, f"a steady step must not read the host, but it calls {func}"
+        return func(*args, **(kwargs or {}))
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records each operator with the shapes that go in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Write the call down and make it."""
+        shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.calls.append((str(func), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+def first_steady_step(made: Toy) -> int | None:
+    """Train until the strategy says it is steady; that step's number, or None if it never is."""
+    for step in range(len(made.stream) - 2):
+        if made.strategy.steady:
+            return step
+        train(made, step, step + 1)
+    return None
+
+
+def resumes_bit_for_bit(make: Make) -> None:
+    """A strategy saved and loaded in the middle ends with the same state as one that was not."""
+    whole, half = make((0,)), len(make((0,)).stream) // 2 + 3
+    train(whole, 0, half)
+    with tempfile.TemporaryDirectory() as folder:
+        path = checkpoint.save(Path(folder), half, {"owner": "check", "strategy": whole.strategy.state_dict()})
+        again = make((0,))
+        again.strategy.load_state_dict(checkpoint.load(path, torch.device("cpu"), "check")["strategy"])
+    for made in (whole, again):
+        train(made, half, len(made.stream))
+    _same_state(whole.strategy.state_dict(), again.strategy.state_dict(), "state")
+
+
+def _same_state(one: Any, two: Any, where: str) -> None:
+    if isinstance(one, Mapping):
+        assert one.keys() == two.keys(), f"{where} has other keys after a resume"
+        for key in one:
+            _same_state(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), f"{where} has another length after a resume"
+        for number, (left, right) in enumerate(zip(one, two, strict=True)):
+            _same_state(left, right, f"{where}[{number}]")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, two), f"{where} differs after a resume"
+    else:
+        assert one == two, f"{where} differs after a resume"
+
+
+def runs_do_not_touch_each_other(make: Make) -> None:
+    """A run answers the same whether it trains alone or stacked with others."""
+    alone, stacked = make((1,)), make((0, 1, 2))
+    for made in (alone, stacked):
+        train(made, 0, len(made.stream) // 2)
+        made.strategy.eval()
+    batch = alone.stream.batch(0)
+    many = {key: value.expand(3, *value.shape[1:]) for key, value in batch.items()}
+    with torch.inference_mode():
+        one, three = alone.strategy.predict(batch)[0], stacked.strategy.predict(many)[1]
+    worst = float((one - three).abs().max())
+    assert worst <= TOLERANCE * max(1.0, float(one.abs().max())), f"a stacked run answers differently, by {worst:.2g}"
+
+
+def never_reads_the_host_once_steady(make: Make) -> None:
+    """A steady step makes no host read, so that it can become one CUDA graph."""
+    made = make((0,))
+    step = first_steady_step(made)
+    if step is None:
+        return
+    batch = made.stream.batch(step)
+    with NoHostReads():  # type: ignore[no-untyped-call]
+        made.strategy.observe(batch)
+
+
+def keeps_its_shapes_once_steady(make: Make) -> None:
+    """Two steady steps make the same calls on the same shapes."""
+    made = make((0,))
+    step = first_steady_step(made)
+    if step is None:
+        return
+    train(made, step, step + 1)
+    traces = []
+    for later in (step + 1, step + 2):
+        batch = made.stream.batch(later)
+        with Trace() as trace:
+            made.strategy.observe(batch)
+        traces.append(trace.calls)
+    for one, two in zip(*traces, strict=False):
+        assert one == two, f"a steady step changed: {one} became {two}"
+    assert len(traces[0]) == len(traces[1]), "a steady step made another number of calls"
+
+
+def leaves_its_batch_unchanged(make: Make) -> None:
+    """Observing and predicting do not write into the batch."""
+    made = make((0,))
+    batch = made.stream.batch(0)
+    before = {key: value.clone() for key, value in batch.items()}
+    made.strategy.observe(batch)
+    made.strategy.eval()
+    with torch.inference_mode():
+        made.strategy.predict(batch)
+    assert batch.keys() == before.keys(), "the batch has other keys after observe"
+    for key, value in batch.items():
+        assert torch.equal(value, before[key]), f"observe or predict changed '{key}' of its batch"
+
+
+def predicting_changes_nothing(make: Make) -> None:
+    """A prediction, at any step, leaves the state as it is, and two of them are equal."""
+    made = make((0,))
+    made.strategy.eval()
+    with torch.inference_mode():
+        made.strategy.predict(made.stream.batch(0))
+    train(made, 0, 5)
+    made.strategy.eval()
+    before = {key: value.clone() for key, value in made.strategy.state_dict().items() if isinstance(value, Tensor)}
+    with torch.inference_mode():
+        one, two = (made.strategy.predict(made.stream.batch(0)) for _ in range(2))
+    assert torch.equal(one, two), "two predictions of the same batch differ"
+    for key, value in before.items():
+        assert torch.equal(made.strategy.state_dict()[key], value), f"predict changed {key}"
+
+
+def draws_only_from_its_rng(make: Make) -> None:
+    """No global random generator moves, so that a run depends on its seed alone."""
+    made = make((0,))
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    train(made, 0, 5)
+    assert torch.equal(torch_state, torch.get_rng_state()), "observe draws from torch's global generator"
+    assert str(numpy_state) == str(np.random.get_state()), "observe draws from numpy's global generator"
+    assert python_state == random.getstate(), "observe draws from Python's global generator"
+
+
+def learns_a_toy_stream(make: Make) -> None:
+    """After the stream, the classes seen last are told apart far above chance (which is 25 %)."""
+    made = make((0, 1))
+    train(made, 0, len(made.stream))
+    holdout = made.stream.holdout()
+    assert holdout is not None
+    if made.stream.task != "classify":
+        return
+    accuracy = evaluate(made.strategy, holdout, len(made.stream), full=True)
+    assert (accuracy[:, -1] >= 0.8).all(), f"accuracy on the last task is {accuracy[:, -1]}, expected at least 0.8"
+
+
+def docstring_names_source_and_departures(make: Make) -> None:
+    """The file says where the method comes from and where it departs from that."""
+    text = sys.modules[type(make((0,)).strategy).__module__].__doc__ or ""
+    for word in ("Source:", "Departures:"):
+        assert word in text, f"the strategy's file has no '{word}' in its docstring"
+
+
+CHECKS: tuple[Callable[[Make], None], ...] = (
+    resumes_bit_for_bit,
+    runs_do_not_touch_each_other,
+    never_reads_the_host_once_steady,
+    keeps_its_shapes_once_steady,
+    leaves_its_batch_unchanged,
+    predicting_changes_nothing,
+    draws_only_from_its_rng,
+    learns_a_toy_stream,
+    docstring_names_source_and_departures,
+)

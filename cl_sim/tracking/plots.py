@@ -1,0 +1,153 @@
+"""Pictures of a run: accuracy matrix, anytime curve, classes in the memory; and a stream's class timeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cl_sim import store
+from cl_sim.metrics import transfer
+from cl_sim.report import interval
+from cl_sim.tracking import journal
+
+Floats = NDArray[np.float64]
+LABELLED = 12  # cells per side that still get their number written in
+WIDTH, HEIGHT = 6.4, 4.0  # inches
+
+
+def draw_run(run_dir: Path) -> list[Path]:
+    """Write a run's pictures and matrices into its `artifacts` folder; returns what was written."""
+    record = store.record_of(run_dir)
+    folder = run_dir / "artifacts"
+    evaluations, counts = _evaluations(run_dir), _memory(run_dir)
+    if not evaluations:
+        return []
+    folder.mkdir(exist_ok=True)
+    seeds = record["seeds"][: len(evaluations)]
+    matrices = [transfer.matrix(one) for one in evaluations]
+    content = {str(seed): np.round(matrix, 6).tolist() for seed, matrix in zip(seeds, matrices, strict=True)}
+    text = json.dumps({"splits": record["splits"], "accuracy": content}).replace("NaN", "null")
+    (folder / "matrix.json").write_text(text + "\n", encoding="utf-8")
+    made = [folder / "matrix.json"]
+    shapes = {matrix.shape for matrix in matrices}
+    if len(shapes) == 1 and min(shapes.pop()) > 0:
+        title = f"{record['strategy']} on {record['stream']}: accuracy, mean over {len(seeds)} seeds"
+        made.append(matrix_figure(np.mean(matrices, 0), record["splits"], title, folder / "matrix.png"))
+    made.append(anytime_figure({record["strategy"]: _anytime(evaluations)}, folder / "anytime.png"))
+    if counts is not None:
+        made.append(memory_figure(*counts, folder / "memory.png"))
+    return made
+
+
+def _evaluations(run_dir: Path) -> list[transfer.Record]:
+    """One record per seed, of the groups that have any evaluation."""
+    found = []
+    for lines in _journals(run_dir):
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        runs = len(evaluations[0]["accuracy"]) if evaluations else 0
+        found += [transfer.record(evaluations, run) for run in range(runs)]
+    return found
+
+
+def _memory(run_dir: Path) -> tuple[NDArray[np.int64], Floats] | None:
+    """Samples seen and rows per class in the first seed's memory."""
+    for lines in _journals(run_dir):
+        memory = [line for line in lines if line["kind"] == "memory"]
+        if memory:
+            return np.array([line["samples"] for line in memory]), np.array(
+                [line["counts"][0] for line in memory], float
+            )
+    return None
+
+
+def _journals(run_dir: Path) -> list[list[dict[str, Any]]]:
+    paths = [folder / "journal.jsonl" for folder in store.group_folders(run_dir)]
+    return [journal.read(path)[0] for path in paths if path.exists()]
+
+
+def _anytime(evaluations: Sequence[transfer.Record]) -> tuple[NDArray[np.int64], Floats, Floats]:
+    curves = [transfer.anytime(one) for one in evaluations]
+    length = min(len(samples) for samples, _ in curves)
+    estimates = [interval([float(values[point]) for _, values in curves]) for point in range(length)]
+    means, halves = np.array([e.mean for e in estimates]), np.array([e.half for e in estimates])
+    return curves[0][0][:length], means, halves
+
+
+def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path) -> Path:
+    """Heat map: a row per task end, a column per split.    Shapes: matrix [T, S]."""
+    figure, axes = _figure(WIDTH, 1.2 + 0.45 * min(len(matrix), 12) + 1.0)
+    image = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    if max(matrix.shape) <= LABELLED:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(matrix)), [f"after {t + 1}" for t in range(len(matrix))], fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, label="accuracy, %")
+    return _save(figure, path)
+
+
+def anytime_figure(curves: Mapping[str, tuple[NDArray[np.int64], Floats, Floats]], path: Path) -> Path:
+    """Mean accuracy over seen splits against samples, with its interval; one curve per name."""
+    figure, axes = _figure(WIDTH, HEIGHT)
+    for name, (samples, mean, half) in curves.items():
+        (line,) = axes.plot(samples, 100 * mean, label=name)
+        known = np.nan_to_num(half)
+        axes.fill_between(samples, 100 * (mean - known), 100 * (mean + known), alpha=0.2, color=line.get_color(), lw=0)
+    axes.set(xlabel="samples seen", ylabel="accuracy on seen splits, %", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path) -> Path:
+    """Share of each class in the memory at each task end.    Shapes: samples [n], counts [n, C]."""
+    figure, axes = _figure(WIDTH, HEIGHT)
+    bottom = np.zeros(len(samples))
+    width = 0.8 * (np.diff(samples, prepend=0).min() if len(samples) else 1)
+    palette = _palette(counts.shape[1])
+    for label, column in enumerate(counts.T):
+        axes.bar(samples, column, width, bottom, color=palette[label], label=str(label))
+        bottom += column
+    axes.set(xlabel="samples seen", ylabel="rows in the memory")
+    if counts.shape[1] <= 20:
+        axes.legend(title="class", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, path)
+
+
+def timeline_figure(edges: NDArray[np.int64], counts: Floats, ends: Sequence[int], path: Path) -> Path:
+    """Which classes arrive when.    Shapes: edges [bins + 1] in samples, counts [bins, C], ends in samples."""
+    figure, axes = _figure(WIDTH, max(2.5, min(8.0, 0.8 + 0.22 * counts.shape[1])))
+    extent = (float(edges[0]), float(edges[-1]), counts.shape[1] - 0.5, -0.5)
+    image = axes.imshow(counts.T, aspect="auto", extent=extent, cmap="Blues", interpolation="nearest", vmin=0)
+    for end in ends[:-1]:
+        axes.axvline(end, color="tab:red", lw=0.8)
+    axes.set(xlabel="samples seen", ylabel="class")
+    figure.colorbar(image, label="samples per bin")
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _palette(count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20" if count <= 20 else "turbo"](np.linspace(0, 1, max(count, 2)))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=140)
+    return path

@@ -1,0 +1,1 @@
+"""Learning strategies, one file per method."""

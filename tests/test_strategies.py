@@ -1,0 +1,126 @@
+"""Every registered strategy keeps to the conformance checks, and the checks can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_sim import registry, testing
+from cl_sim.testing import CHECKS, Toy, toy
+from cl_sim.types import Batch, Logs
+from strategies.er import ER, ERConfig
+
+
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained:DeprecationWarning")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", registry.names("strategy"))
+def test_strategy(name: str, check: Callable[[testing.Make], None]) -> None:
+    check(lambda seeds: toy(name, seeds))
+
+
+class MixesRuns(ER):
+    def predict(self, batch: Batch) -> Tensor:
+        logits = super().predict(batch)
+        return logits + logits.mean(0, keepdim=True)
+
+
+class ReadsTheHost(ER):
+    def observe(self, new: Batch) -> Logs:
+        logs = super().observe(new)
+        return {"loss": logs["loss"] * float(logs["loss"].sum() > -1)}
+
+
+class WritesIntoItsBatch(ER):
+    def observe(self, new: Batch) -> Logs:
+        new["x"].zero_()
+        return super().observe(new)
+
+
+class DrawsGlobally(ER):
+    def observe(self, new: Batch) -> Logs:
+        torch.rand(1)
+        return super().observe(new)
+
+
+class ForgetsItsCounter(ER):
+    steps = 0
+
+    def observe(self, new: Batch) -> Logs:
+        self.steps += 1
+        with torch.no_grad():
+            next(self.net.parameters()).add_(1e-3 * self.steps)
+        return super().observe(new)
+
+
+class Guesses(ER):
+    def predict(self, batch: Batch) -> Tensor:
+        return torch.zeros(*batch["y"].shape, self.env.classes)
+
+
+class ChangesInPredict(ER):
+    def predict(self, batch: Batch) -> Tensor:
+        logits = super().predict(batch)
+        self.memory.seen += 1
+        return logits
+
+
+class GrowsItsBatch(ER):
+    def observe(self, new: Batch) -> Logs:
+        wider = {key: value.repeat_interleave(1 + len(self.memory) % 3, 1) for key, value in new.items()}
+        return super().observe(wider)
+
+
+CAUGHT = [
+    (MixesRuns, testing.runs_do_not_touch_each_other),
+    (ReadsTheHost, testing.never_reads_the_host_once_steady),
+    (WritesIntoItsBatch, testing.leaves_its_batch_unchanged),
+    (DrawsGlobally, testing.draws_only_from_its_rng),
+    (ForgetsItsCounter, testing.resumes_bit_for_bit),
+    (Guesses, testing.learns_a_toy_stream),
+    (ChangesInPredict, testing.predicting_changes_nothing),
+    (GrowsItsBatch, testing.keeps_its_shapes_once_steady),
+    (Guesses, testing.docstring_names_source_and_departures),
+]
+
+
+@pytest.mark.parametrize(("wrong", "check"), CAUGHT, ids=lambda value: value.__name__)
+def test_the_checks_have_teeth(wrong: type[ER], check: Callable[[testing.Make], None]) -> None:
+    def make(seeds: Sequence[int]) -> Toy:
+        made = toy("er", seeds, {"strategy": {"capacity": 500}})
+        made.strategy.env.lifted = 0
+        made.strategy.rng.counter.zero_()
+        return Toy(made.stream, wrong(ERConfig(capacity=500), made.strategy.env))
+
+    with pytest.raises(AssertionError):
+        check(make)
+
+
+def test_er_with_one_pass_equals_its_definition_on_both_batches() -> None:
+    made = toy("er", (0,), {"strategy": {"joint_pass": True}})
+    testing.train(made, 0, 3)
+    twin = toy("er", (0,), {"strategy": {"joint_pass": True}})
+    testing.train(twin, 0, 3)
+    new = made.stream.batch(3)
+    old = twin.strategy.memory.sample(10)
+    logits = twin.strategy.net(torch.cat([new["x"], old["x"]], 1))[0]
+    y = torch.cat([new["y"], old["y"]], 1)[0]
+    expected = -logits.log_softmax(-1)[torch.arange(20), y].mean()
+    assert made.strategy.observe(new)["loss"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_er_ace_masks_old_classes_but_not_those_of_the_batch_or_of_the_future() -> None:
+    made = toy("er_ace", (0,))
+    last = len(made.stream) // 2
+    testing.train(made, 0, last)  # task 1 holds the classes 0 and 1
+    new = made.stream.batch(last)
+    twin = toy("er_ace", (0,))
+    testing.train(twin, 0, last)
+    old = twin.strategy.memory.sample(10)
+    logits = twin.strategy.net(new["x"])[0]
+    allowed = torch.tensor([c not in (0, 1) or c in new["y"] for c in range(4)])
+    first = -(logits[:, allowed].log_softmax(-1)[torch.arange(10), (allowed.cumsum(0) - 1)[new["y"][0]]]).mean()
+    second = -twin.strategy.net(old["x"])[0].log_softmax(-1)[torch.arange(10), old["y"][0]].mean()
+    assert made.strategy.observe(new)["loss"].item() == pytest.approx((first + second).item(), abs=1e-5)
