@@ -9,16 +9,29 @@ class orders give streams of one length (`length="all"` keeps every sample inste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cl_sim.arrays import load
+from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import IndexedStream, Schedule, class_incremental, class_orders, equal_tasks, task_splits
+from cl_sim.indexed import (
+    IndexedStream,
+    Schedule,
+    class_incremental,
+    class_orders,
+    equal_tasks,
+    host_rng,
+    task_splits,
+)
+from cl_sim.noise import noisy_labels
 
 USUAL_TASKS = {"cifar10": 5, "cifar100": 10, "mini-imagenet": 10, "tiny-imagenet": 10, "mnist": 5, "fashion-mnist": 5}
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +43,19 @@ class SplitConfig:
     batch: int = 10  # samples per step
     order: str = "shuffled"  # classes: shuffled per seed, fixed, or a list such as 3,1,0,2
     length: Literal["equal", "all"] = "equal"  # steps per task: the same in every class order, or every sample
+    samples_per_task: int = 0  # at most so many; 0: no limit
+    imbalance: float = 1.0  # long tail: how many times larger the largest class is than the smallest
+    tail: Literal["ordered", "shuffled"] = "ordered"  # sizes fall with arrival, or by a fixed shuffle of arrivals
+    noise: float = 0.0  # share of training labels that are wrong
+    noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"  # to any other class, or to the next one
     announces: bool = True  # strategies may hear of task boundaries
     subset: int = 500  # test samples of the small evaluations, in all
     size: int = 0  # pixels; resize images to size x size (0: as they are)
-    labels: str = ""  # other labels: FILE:COLUMN, or a column of the set's own table
+    labels: str = ""  # other labels: FILE:COLUMN (human noise, say), or a column of the set's own table
+
+    def __post_init__(self) -> None:
+        at_least(self, tasks=0, batch=1, samples_per_task=0, imbalance=1, subset=1, size=0)
+        within(self, 0, 1, "noise")
 
 
 class Split(IndexedStream):
@@ -50,18 +72,35 @@ class Split(IndexedStream):
         equal_tasks(classes, tasks)
         self.orders = class_orders(classes, cfg.order, seeds)
         rows = [np.flatnonzero(y == c) for c in range(classes)]
-        steps = task_steps(np.array([len(of) for of in rows]), self.orders, tasks, cfg)
-        pools = [rows] * len(seeds)
+        pools = [long_tail(rows, order, seed, cfg) for order, seed in zip(self.orders, seeds, strict=True)]
+        sizes = np.array([[len(of) for of in pool] for pool in pools])  # [R, C]
+        steps = task_steps(sizes, self.orders, tasks, cfg)
         sequence, ends = class_incremental(pools, self.orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid)
+        self.clean = y[sequence]  # [R, N], for measuring only
+        labels = np.stack(
+            [
+                noisy_labels(one, classes, cfg.noise, cfg.noise_kind, host_rng(seed, "label noise"))
+                for one, seed in zip(self.clean, seeds, strict=True)
+            ]
+        )
         super().__init__(
             loaded,
-            Schedule(rows=sequence, labels=y[sequence], ends=ends),
+            Schedule(rows=sequence, labels=labels, ends=ends),
             task_splits(self.orders, tasks, ends, iid),
             batch_size=cfg.batch,
             announces=cfg.announces and not iid,
             device=device,
             subset=cfg.subset,
         )
+        self.tasks = tasks
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, and the first run's classes per task."""
+        order = [[int(c) for c in part] for part in np.split(self.orders[0], self.tasks)]
+        wrong = float((self.clean != self.schedule.labels).mean())
+        counts = np.bincount(self.clean[0], minlength=self.classes)
+        more = {"tasks": order, "samples per class": f"{counts.min()} to {counts.max()}"}
+        return super().describe() | more | ({"wrong labels": f"{wrong:.1%}"} if wrong else {})
 
 
 def usual_tasks(data: str, classes: int) -> int:
@@ -69,24 +108,48 @@ def usual_tasks(data: str, classes: int) -> int:
     return USUAL_TASKS.get(data, 5 if classes % 5 == 0 else classes)
 
 
-def task_steps(counts: np.ndarray, orders: np.ndarray, tasks: int, cfg: SplitConfig) -> list[int]:
-    """Length of each task in batches.    Shapes: counts [C], orders [R, C] -> T numbers.
+def long_tail(rows: list[Ints], order: Ints, seed: int, cfg: SplitConfig) -> list[Ints]:
+    """Fewer rows of some classes: n_k = n_max * imbalance^(-k / (C - 1)), k being the class's rank.
 
-    Raises: BadConfig if a task would be empty, or if `length="all"` gives the stacked runs different lengths.
+    The rank follows the order of arrival, or a shuffle of it that is the same for every seed, so that task lengths do
+    not depend on the seed. n_max is the smallest class's size. No imbalance: all rows.
+
+    Source: Cui et al. 2019, "Class-Balanced Loss", for the exponential profile.
     """
-    each = len(counts) // tasks
-    if cfg.length == "equal":
-        steps = [int(np.sort(counts)[:each].sum()) // cfg.batch] * tasks
-    else:
-        per_run = counts[orders].reshape(len(orders), tasks, each).sum(2) // cfg.batch  # [R, T]
-        if (per_run != per_run[0]).any():
-            raise BadConfig(
-                "stream.length 'all' gives these seeds tasks of different lengths, so they cannot run stacked; "
-                "use --stack 1, or --set stream.length=equal"
-            )
-        steps = [int(n) for n in per_run[0]]
-    if min(steps) < 1:
+    if cfg.imbalance == 1:
+        return rows
+    classes, rng = len(rows), host_rng(seed, "long tail")
+    rank_of_arrival = np.arange(classes)
+    if cfg.tail == "shuffled":
+        rank_of_arrival = host_rng(0, "tail ranks").permutation(classes)
+    largest = min(len(of) for of in rows)
+    kept = list(rows)
+    for arrival, c in enumerate(order):
+        size = round(largest * cfg.imbalance ** (-rank_of_arrival[arrival] / max(classes - 1, 1)))
+        kept[c] = np.sort(rng.permutation(rows[c])[: max(1, size)])
+    return kept
+
+
+def task_steps(sizes: Ints, orders: Ints, tasks: int, cfg: SplitConfig) -> list[int]:
+    """Length of each task in batches.    Shapes: sizes [R, C], orders [R, C] -> T numbers.
+
+    Raises: BadConfig if a task would be empty, or if the stacked runs would have tasks of different lengths.
+    """
+    classes = sizes.shape[1]
+    by_arrival = np.take_along_axis(sizes, orders, 1)  # [R, C]
+    per_task = by_arrival.reshape(len(orders), tasks, classes // tasks).sum(2)  # [R, T]
+    if cfg.length == "equal" and cfg.imbalance == 1:
+        per_task[:] = np.sort(sizes[0])[: classes // tasks].sum()
+    if cfg.samples_per_task:
+        per_task = np.minimum(per_task, cfg.samples_per_task)
+    steps = per_task // cfg.batch
+    if (steps != steps[0]).any():
         raise BadConfig(
-            f"stream.batch is {cfg.batch}, more than a task has samples; use a smaller --set stream.batch=N"
+            "stream.length 'all' gives these seeds tasks of different lengths, so they cannot run stacked; use --stack 1, or "
+            "--set stream.length=equal"
         )
-    return steps
+    if steps.min() < 1:
+        raise BadConfig(
+            f"stream.batch is {cfg.batch}, but a task has only {per_task.min()} samples; use a smaller batch"
+        )
+    return [int(n) for n in steps[0]]
