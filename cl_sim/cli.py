@@ -99,9 +99,12 @@ def run(names: tuple[str, ...], **options: Any) -> None:
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time.  [default: cores]")
 @store_option
-@uri_option
+@click.option("--tracking-uri", default="", help="MLflow store or server; 'none' for no MLflow.  [default: as before]")
 def resume(runs: tuple[str, ...], workers: int | None, store: Path, tracking_uri: str) -> None:
-    """Continue interrupted runs from their last checkpoint, bit for bit."""
+    """Continue interrupted runs from their last checkpoint, bit for bit.
+
+    RUNS are folders, ids or beginnings of ids; 'last' stands for every run of the newest command.
+    """
     from cl_sim import commands
 
     raise SystemExit(commands.resume(runs, workers, store, tracking_uri))
@@ -135,7 +138,9 @@ def describe(name: str, sets: tuple[str, ...], seed: int, png: Path | None, data
 
 @main.command(
     epilog=example(
-        "cl-sim compare er-split-digits finetune-split-digits", "cl-sim compare a b --format latex > table.tex"
+        "cl-sim compare last",
+        "cl-sim compare er-split-digits finetune-split-digits",
+        "cl-sim compare a b --format latex > table.tex",
     )
 )
 @click.argument("runs", nargs=-1, required=True)
@@ -146,7 +151,10 @@ def describe(name: str, sets: tuple[str, ...], seed: int, png: Path | None, data
 @click.option("--baseline", default="", help="The run that differences are taken to.  [default: the first]")
 @store_option
 def compare(runs: tuple[str, ...], form: str, metrics: tuple[str, ...], baseline: str, store: Path) -> None:
-    """Compare finished runs: means with 95 % intervals, and paired differences over the seeds they share."""
+    """Compare finished runs: means with 95 % intervals, and paired differences over the seeds they share.
+
+    RUNS are folders, ids or beginnings of ids; 'last' stands for every run of the newest command.
+    """
     from cl_sim import commands
 
     commands.compare(runs, form, metrics, baseline, store)

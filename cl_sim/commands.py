@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -225,11 +226,11 @@ def _print_comparison(run_dirs: Sequence[Path], out: Console) -> None:
 def resume(runs: Sequence[str], workers: int | None, folder: Path, uri: str) -> int:
     """Continue runs that have not finished."""
     out = console()
-    run_dirs = [store.find(folder, name) for name in runs]
+    run_dirs = store.find_all(folder, runs)
     for run_dir in run_dirs:
         if store.status(run_dir) == "finished":
             out.print(f"{run_dir.name} is finished already")
-    return _train(run_dirs, workers, uri, out)
+    return _train(run_dirs, workers, uri or store.tracking_uri(run_dirs[0]), out)
 
 
 def list_names(kind: str, folder: Path) -> None:
@@ -324,7 +325,7 @@ def compare(runs: Sequence[str], form: str, metrics: Sequence[str], baseline: st
     """Print the table of finished runs and the paired differences."""
     from cl_sim import report as tables
 
-    results = [tables.read(store.find(folder, name)) for name in runs]
+    results = [tables.read(run_dir) for run_dir in store.find_all(folder, runs)]
     base = tables.read(store.find(folder, baseline)) if baseline else results[0]
     if form == "text":
         tables.show(results, console(), metrics=metrics, baseline=base)
@@ -336,8 +337,8 @@ def report(folder: Path, runs: Sequence[str], note: str, run_folder: Path) -> No
     """Copy results into the folder if asked to, then write its README.md."""
     from cl_sim import report as tables
 
-    for name in runs:
-        result = tables.read(store.find(run_folder, name))
+    for run_dir in store.find_all(run_folder, runs):
+        result = without_paths(tables.read(run_dir))
         path = folder / result["stream"] / f"{result['strategy']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         store.write_json(path, {**result, **({"data_note": note} if note else {})})
@@ -345,6 +346,14 @@ def report(folder: Path, runs: Sequence[str], note: str, run_folder: Path) -> No
     text = tables.tables_from_results(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     console().print(f"wrote {folder / 'README.md'}")
+
+
+def without_paths(result: dict[str, Any]) -> dict[str, Any]:
+    """A result to be published: the data folder of this machine becomes DIR."""
+    folder = result["config"].get("data", "")
+    words = shlex.split(result["command"])
+    hidden = ["DIR" if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
+    return {**result, "config": {**result["config"], "data": "DIR" if folder else ""}, "command": shlex.join(hidden)}
 
 
 def ui(port: int, uri: str) -> int:
@@ -363,7 +372,6 @@ def sync(runs: Sequence[str], folder: Path, uri: str) -> None:
     """Bring runs to MLflow."""
     from cl_sim.tracking import mlflow
 
-    for name in runs:
-        run_dir = store.find(folder, name)
+    for run_dir in store.find_all(folder, runs):
         mlflow.sync(run_dir, uri)
         console().print(f"{run_dir.name} is in {uri}")

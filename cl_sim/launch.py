@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cl_sim import store
 from cl_sim.errors import ClSimError
@@ -35,6 +35,7 @@ class Job:
 
     run_dir: Path
     group: int
+    record: dict[str, Any]  # the run.json
     process: subprocess.Popen[bytes] | None = None
     byte: int = 0
     samples: int = 0
@@ -47,9 +48,9 @@ class Job:
         """Where the group is kept."""
         return self.run_dir / f"group-{self.group}"
 
-    def start(self, threads: int) -> None:
+    def start(self) -> None:
         """Start the worker; what it prints goes to worker.log."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.record["config"]["threads"])}
         with (self.folder / "worker.log").open("ab") as log:
             words = [sys.executable, "-m", "cl_sim.worker", str(self.run_dir), str(self.group)]
             self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
@@ -88,7 +89,7 @@ def launch(
     A Ctrl-C lets every worker save a checkpoint and stop. `uri` is the MLflow store; empty: none.
     """
     jobs = [
-        Job(run_dir, group)
+        Job(run_dir, group, store.record_of(run_dir))
         for run_dir in run_dirs
         for group, folder in enumerate(store.group_folders(run_dir))
         if store.ending(folder)[0] != "finished"
@@ -96,10 +97,10 @@ def launch(
     syncs = _syncs(run_dirs, uri, console, system_metrics) if uri else []
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:>6.0f}/{task.total:.0f} samples"),
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
         TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=console,
     ) as bars:
         interrupted = _work(jobs, workers, bars, syncs)
@@ -130,7 +131,7 @@ def _work(jobs: list[Job], workers: int, bars: Progress, syncs: Sequence[MLflowS
         try:
             while waiting and len(busy) < workers and not interrupted:
                 job = waiting.pop(0)
-                job.start(store.record_of(job.run_dir)["config"]["threads"])
+                job.start()
                 busy.append(job)
             time.sleep(LOOK_EVERY)
             for job in list(busy):
@@ -153,6 +154,14 @@ def _work(jobs: list[Job], workers: int, bars: Progress, syncs: Sequence[MLflowS
     return interrupted
 
 
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """'seed 3', 'seeds 0-4' or 'seeds 0, 3, 7'."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    whole = list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    return f"seeds {seeds[0]}-{seeds[-1]}" if whole else "seeds " + ", ".join(str(seed) for seed in seeds)
+
+
 def _tell(jobs: Sequence[Job], number: signal.Signals) -> None:
     for job in jobs:
         if job.process is not None and job.process.poll() is None:
@@ -160,14 +169,13 @@ def _tell(jobs: Sequence[Job], number: signal.Signals) -> None:
 
 
 def _show(job: Job, bars: Progress) -> None:
-    record = store.record_of(job.run_dir)
+    record = job.record
     job.look()
     if job.bar is None:
-        seeds = ", ".join(str(seed) for seed in record["groups"][job.group])
-        name = f"{record['strategy']} seed {seeds}"
+        name = f"{record['strategy']} {seeds_in_words(record['groups'][job.group])}"
         job.bar = bars.add_task(name, total=record["data"]["samples"], shown="")
-    keys = {"acc_seen": "accuracy {:.1%}", "loss": "loss {:.2f}", "samples_per_second": "{:.0f} samples/s"}
-    shown = "  ".join(form.format(job.shown[key]) for key, form in keys.items() if key in job.shown)
+    keys = {"acc_seen": "accuracy {:.1%}", "loss": "loss {:.2f}", "samples_per_second": "{:.0f}/s"}
+    shown = " ".join(form.format(job.shown[key]) for key, form in keys.items() if key in job.shown)
     bars.update(job.bar, completed=job.samples, shown=shown)
     quarter = 4 * job.samples // max(record["data"]["samples"], 1)
     if not bars.console.is_terminal and quarter > job.said:
@@ -191,7 +199,10 @@ def _report_problems(run_dir: Path, console: Console) -> None:
         standing, reason = store.ending(folder)
         if standing == "failed":
             console.print(
-                f"Error: {record['strategy']} seed {seeds}: {reason}", style="red", soft_wrap=True, markup=False
+                f"Error: {record['strategy']} {seeds_in_words(seeds)}: {reason}",
+                style="red",
+                soft_wrap=True,
+                markup=False,
             )
 
 

@@ -25,6 +25,7 @@ USUAL = (
     "samples_per_second",
     "memory_bytes",
 )
+TERMINAL = ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_prequential", "samples_per_second")  # fit into 80 columns
 SHARES = ("acc", "forgetting", "bwt", "fwt")  # metrics in [-1, 1], shown in percent
 LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "peak_bytes", "parameters")
 COSTS = ("samples_per_second", "step_ms", "memory_bytes", "peak_bytes", "parameters")  # never in bold
@@ -113,8 +114,13 @@ def shown(metric: str, estimate: Estimate, plus: str = "±", signed: bool = Fals
         return "-"
     sign = "+" if signed else ""
     scale, places = (100, 1) if metric.startswith(SHARES) else (1e-6, 2) if metric.endswith("_bytes") else (1, 1)
+    places = 0 if abs(estimate.mean * scale) >= 200 else places
     mean = f"{estimate.mean * scale:{sign}.{places}f}"
-    return mean if math.isnan(estimate.half) else f"{mean} {plus} {estimate.half * scale:.{places}f}"
+    return (
+        mean
+        if math.isnan(estimate.half) or (estimate.half == 0 and scale != 100)
+        else f"{mean} {plus} {estimate.half * scale:.{places}f}"
+    )
 
 
 def heading(metric: str) -> str:
@@ -222,24 +228,40 @@ def latex(rows: Sequence[Sequence[str]]) -> str:
 def show(
     results: Sequence[Result], console: Any, *, metrics: Sequence[str] = (), baseline: Result | None = None
 ) -> None:
-    """Print the means and the differences to a terminal."""
-    from rich.table import Table
-
-    wanted = columns(results, metrics)
+    """Print the means and the differences to a terminal, in 80 columns if nothing more is asked for."""
+    there = set(columns(results, ()))
+    wanted = columns(results, metrics or [metric for metric in TERMINAL if metric in there])
     base = baseline or results[0]
     stream = ", ".join(sorted({result["stream"] for result in results}))
-    tables = [(f"{stream}: mean ± 95 % interval over seeds", means_table(results, wanted, bold="[bold]{}[/bold]"))]
+    title = f"{stream}: mean ± 95 % interval over {_seed_counts(results)}"
+    _print(title, means_table(results, wanted, bold="[bold]{}[/bold]"), console)
     accuracies = [metric for metric in wanted if metric.startswith(SHARES)]
     twins = comparable(results, base)
     if len(twins) > 1 and accuracies:
-        tables.append(("paired differences, same seeds", difference_table(twins, accuracies, base)))
-    for title, (head, *body) in tables:
-        table = Table(title=title, title_justify="left")
-        for number, name in enumerate(head):
-            table.add_column(name, justify="right" if number else "left")
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
+        title = f"minus {label(base, results)}, paired by seed"
+        _print(title, difference_table(twins, accuracies, base), console)
+
+
+def _seed_counts(results: Sequence[Result]) -> str:
+    counts = sorted({len(result["seeds"]) for result in results})
+    return "1 seed" if counts == [1] else " or ".join(str(count) for count in counts) + " seeds"
+
+
+def _print(title: str, rows: Sequence[Sequence[str]], console: Any) -> None:
+    """A table without its second column (seeds, pairs), long headings broken at underscores."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    head, *body = [[row[0], *row[2:]] for row in rows]
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
+    )
+    for number, name in enumerate(head):
+        broken = name.replace("_", "\n", 2) if len(name) > 12 else name
+        table.add_column("strategy" if number == 0 else broken, justify="right" if number else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
 
 
 def tables_from_results(folder: Path) -> str:

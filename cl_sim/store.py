@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def create(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> Path:
         "commit": commit(),
         "versions": versions(),
         "machine": machine(),
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "created": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         **facts,
     }
     for number in range(len(groups)):
@@ -80,22 +81,30 @@ def record_of(run_dir: Path) -> dict[str, Any]:
 
 
 def find(folder: Path, name: str) -> Path:
-    """A run folder by path, by id or by an unambiguous beginning of its id; 'last' is the newest.
-
-    Raises: UnknownName.
-    """
+    """A run folder by path, by id or by an unambiguous beginning of its id.    Raises: UnknownName."""
     direct = Path(name)
     if (direct / "run.json").is_file():
         return direct
     known = all_runs(folder)
-    if name == "last" and known:
-        return known[-1]
     fits = [run for run in known if run.name == name] or [run for run in known if run.name.startswith(name)]
     if len(fits) == 1:
         return fits[0]
     if len(fits) > 1:
         raise ClSimError(f"'{name}' fits {len(fits)} runs: {', '.join(run.name for run in fits)}; type more of it")
     raise UnknownName("run", name, [run.name for run in known], "cl-sim list runs")
+
+
+def find_all(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Run folders by name; 'last' stands for every run of the newest command.    Raises: UnknownName."""
+    found: list[Path] = []
+    for name in names:
+        known = all_runs(folder)
+        if name != "last" or not known:
+            found.append(find(folder, name))
+            continue
+        command = record_of(known[-1])["comparison"]
+        found += [run for run in known if record_of(run)["comparison"] == command]
+    return list(dict.fromkeys(found))
 
 
 def all_runs(folder: Path) -> list[Path]:
@@ -151,6 +160,13 @@ def collect(run_dir: Path) -> dict[str, Any] | None:
     return result
 
 
+def tracking_uri(run_dir: Path) -> str:
+    """The MLflow store that the run was last sent to; 'none' if it never was."""
+    path = run_dir / "mlflow.json"
+    known = list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    return known[-1] if known else "none"
+
+
 def versions() -> dict[str, str]:
     """Python and package versions that a number may depend on."""
     found = {"python": platform.python_version()}
@@ -184,5 +200,4 @@ def machine() -> str:
 
 
 def _command() -> str:
-    words: Sequence[str] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return " ".join(words)
+    return shlex.join(["cl-sim", *sys.argv[1:]])

@@ -41,7 +41,7 @@ def cl_sim(folder: Path, *words: str) -> subprocess.Popen[bytes]:
 
 def finish(folder: Path, process: subprocess.Popen[bytes]) -> Path:
     assert process.wait(timeout=180) == 0, (folder / "output.txt").read_text()
-    return store.find(folder / "runs", "last")
+    return store.all_runs(folder / "runs")[-1]
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -118,7 +118,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     journal_lines_or_end(tmp_path, process, 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    run = store.find(tmp_path / "runs", "last")
+    run = store.all_runs(tmp_path / "runs")[-1]
     text = (tmp_path / "output.txt").read_text()
     assert f"cl-sim resume {run.name}" in text
     assert store.status(run) == "interrupted"
