@@ -1,0 +1,170 @@
+"""Tables: intervals, paired differences, and what each format says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from cl_sim import report
+from cl_sim.errors import ClSimError
+
+
+def result(strategy: str, values: list[float | None], seeds: list[int] | None = None, **more: Any) -> report.Result:
+    return {
+        "name": f"{strategy}-run",
+        "strategy": strategy,
+        "stream": "split-digits",
+        "encoder": "mlp",
+        "role": "strategy",
+        "seeds": seeds or list(range(len(values))),
+        "metrics": {"acc_end": values, "memory_bytes": [2e6] * len(values)},
+        "config": {"data": ""},
+        "commit": "0123456789abcdef",
+        "command": f"cl-sim run {strategy} split-digits",
+        "data_digest": "feed0123456",
+        "versions": {"torch": "2.0"},
+        "machine": "2 cores",
+        "status": "finished",
+        **more,
+    }
+
+
+ER = result("er", [0.5, 0.6, 0.7])
+FINETUNE = result("finetune", [0.2, 0.2, 0.5])
+
+
+def test_the_interval_is_students() -> None:
+    # mean 0.6, s = 0.1, n = 3: half-width = t(0.975, 2) * 0.1 / sqrt(3) = 4.302653 * 0.057735
+    estimate = report.interval([0.5, 0.6, 0.7])
+    assert (estimate.mean, estimate.half, estimate.n) == (pytest.approx(0.6), pytest.approx(0.2484138), 3)
+
+
+def test_one_seed_has_no_interval_and_missing_values_do_not_count() -> None:
+    assert math.isnan(report.interval([0.5]).half)
+    assert report.interval([0.5, None, 0.7]).n == 2
+    assert report.interval([None]).n == 0
+
+
+def test_a_paired_difference_equals_the_paired_t_test() -> None:
+    found = report.paired(FINETUNE, ER, "acc_end")
+    expected = stats.ttest_rel([0.5, 0.6, 0.7], [0.2, 0.2, 0.5])
+    low, high = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.estimate.mean == pytest.approx(0.3)
+    assert found.estimate.half == pytest.approx((high - low) / 2)
+
+
+def test_only_shared_seeds_are_paired_in_their_order() -> None:
+    other = result("other", [0.9, 0.1, 0.6], seeds=[7, 1, 0])
+    found = report.paired(ER, other, "acc_end")
+    assert found.estimate.n == 2
+    assert found.estimate.mean == pytest.approx(((0.6 - 0.5) + (0.1 - 0.6)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (result("far", [0.5], seeds=[9]), "share no seed"),
+        (result("far", [0.5], stream="split-mnist"), "same stream and data"),
+        (result("far", [0.5], data_digest="other"), "same stream and data"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(other: report.Result, words: str) -> None:
+    with pytest.raises(ClSimError, match=words):
+        report.paired(ER, other, "acc_end")
+
+
+MARKDOWN = """\
+| strategy | seeds | acc_end % | memory MB |
+| --- | ---: | ---: | ---: |
+| er | 3 | **60.0 ± 24.8** | 2.00 |
+| finetune | 3 | 30.0 ± 43.0 | 2.00 |
+
+| minus er | pairs | acc_end % |
+| --- | ---: | ---: |
+| finetune | 3 | -30.0 ± 24.8 |
+"""
+CSV = """\
+strategy,seeds,acc_end %,memory MB
+er,3,60.0 ± 24.8,2.00
+finetune,3,30.0 ± 43.0,2.00
+
+minus er,pairs,acc_end %
+finetune,3,-30.0 ± 24.8
+"""
+LATEX = r"""\begin{tabular}{lrrr}
+\toprule
+strategy & seeds & acc\_end \% & memory MB \\
+\midrule
+er & 3 & \textbf{60.0 $\pm$ 24.8} & 2.00 \\
+finetune & 3 & 30.0 $\pm$ 43.0 & 2.00 \\
+\bottomrule
+\end{tabular}
+
+\begin{tabular}{lrr}
+\toprule
+minus er & pairs & acc\_end \% \\
+\midrule
+finetune & 3 & -30.0 $\pm$ 24.8 \\
+\bottomrule
+\end{tabular}
+"""
+
+
+@pytest.mark.parametrize(("form", "text"), [("markdown", MARKDOWN), ("csv", CSV), ("latex", LATEX)])
+def test_a_format_is_written_exactly(form: str, text: str) -> None:
+    assert report.render([ER, FINETUNE], form) == text
+
+
+def test_the_terminal_shows_means_and_differences_in_80_columns() -> None:
+    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    report.show([ER, FINETUNE], console)
+    console.file.close()
+    text = console.export_text()
+    assert "60.0 ± 24.8" in text
+    assert "-30.0 ± 24.8" in text
+    assert "…" not in text
+
+
+def test_an_upper_bound_is_never_the_best() -> None:
+    joint = result("joint", [0.9, 0.9, 0.9], role="upper bound")
+    assert "**60.0" in report.render([ER, joint], "markdown")
+    assert "**90.0" not in report.render([ER, joint], "markdown")
+
+
+def test_an_unknown_metric_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ClSimError, match=r"'acc_ned'.*acc_end"):
+        report.render([ER], "csv", metrics=["acc_ned"])
+
+
+def test_an_unfinished_run_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    with pytest.raises(ClSimError, match="cl-sim resume"):
+        report.read(tmp_path)
+
+
+def test_the_results_document_holds_every_file_and_its_origin(tmp_path: Path) -> None:
+    for one in (ER, {**FINETUNE, "data_note": "JPEG copies", "paper": {"acc_end": [0.25, 0.01, "Someone 2020"]}}):
+        path = tmp_path / one["stream"] / f"{one['strategy']}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(one))
+    text = report.tables_from_results(tmp_path)
+    for words in (
+        "## split-digits",
+        "| er | 3 | **60.0 ± 24.8**",
+        "25.0 ± 1.0 (Someone 2020)",
+        "Data: JPEG copies",
+        "commit 0123456789",
+    ):
+        assert words in text
+    assert text == report.tables_from_results(tmp_path)
+
+
+def test_an_empty_results_folder_says_how_to_fill_it(tmp_path: Path) -> None:
+    with pytest.raises(ClSimError, match="report --add"):
+        report.tables_from_results(tmp_path)
