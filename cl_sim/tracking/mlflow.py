@@ -91,10 +91,10 @@ class MLflowSync:
     def _connect(self) -> None:
         for name, value in QUICK.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        for chatty in ("alembic", "mlflow"):  # importing mlflow sets them to INFO
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=self.uri)
         experiment = _experiment(client, self.uri)
         known = _read_json(self.run_dir / "mlflow.json").get(self.uri, {})
