@@ -40,12 +40,17 @@ def example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def usual_uri() -> str:
+    """The MLflow store if none is named: MLFLOW_TRACKING_URI, else a SQLite file here."""
+    return os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
+
+
 store_option = click.option(
     "--store", type=click.Path(path_type=Path), default=STORE, show_default=True, help="Folder that holds the runs."
 )
 uri_option = click.option(
     "--tracking-uri",
-    default=lambda: os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI),
+    default=usual_uri,
     help=f"MLflow store or server; 'none' for no MLflow.  [default: MLFLOW_TRACKING_URI, else {DEFAULT_URI}]",
 )
 data_option = click.option(

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cl_sim import config, encoders, preset, registry, session, store
+from cl_sim.cli import usual_uri
 from cl_sim.config import RunConfig
 from cl_sim.errors import BadConfig
 from cl_sim.stream import Stream
@@ -211,9 +212,7 @@ def _train(run_dirs: Sequence[Path], workers: int | None, uri: str, out: Console
     if done:
         _print_comparison(done, out)
     if uri and done:
-        out.print(
-            "See the curves: cl-sim ui" + ("" if "MLFLOW_TRACKING_URI" in os.environ else f" --tracking-uri {uri}")
-        )
+        out.print("See the curves: cl-sim ui" + ("" if uri == usual_uri() else f" --tracking-uri {uri}"))
     return max(EXIT[status] for status in statuses)
 
 

@@ -116,11 +116,8 @@ def shown(metric: str, estimate: Estimate, plus: str = "±", signed: bool = Fals
     scale, places = (100, 1) if metric.startswith(SHARES) else (1e-6, 2) if metric.endswith("_bytes") else (1, 1)
     places = 0 if abs(estimate.mean * scale) >= 200 else places
     mean = f"{estimate.mean * scale:{sign}.{places}f}"
-    return (
-        mean
-        if math.isnan(estimate.half) or (estimate.half == 0 and scale != 100)
-        else f"{mean} {plus} {estimate.half * scale:.{places}f}"
-    )
+    exact = scale != 100 and estimate.half <= 1e-9 * abs(estimate.mean)  # a size or a speed that all seeds share
+    return mean if exact or math.isnan(estimate.half) else f"{mean} {plus} {estimate.half * scale:.{places}f}"
 
 
 def heading(metric: str) -> str:

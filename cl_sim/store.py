@@ -31,7 +31,7 @@ def create(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> Path:
     seeds = list(config.seeds)
     groups = [seeds[i : i + config.stack] for i in range(0, len(seeds), config.stack)]
     stem = f"{config.strategy.name}-{facts['stream']}-{datetime.now():%m%d-%H%M%S}".replace("/", "_").replace(":", "_")
-    run_dir = _new_folder(folder, stem)
+    run_dir = new_folder(folder, stem)
     record = {
         "id": run_dir.name,
         "strategy": config.strategy.name,
@@ -52,7 +52,8 @@ def create(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> Path:
     return run_dir
 
 
-def _new_folder(folder: Path, stem: str) -> Path:
+def new_folder(folder: Path, stem: str) -> Path:
+    """Make `<folder>/<stem>`, with a number behind it if that is taken.    Raises: ClSimError."""
     folder.mkdir(parents=True, exist_ok=True)
     for count in range(1, 10_000):
         path = folder / (stem if count == 1 else f"{stem}-{count}")

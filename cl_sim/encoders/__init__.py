@@ -11,56 +11,63 @@ from cl_sim.types import Field
 
 
 class Entry(NamedTuple):
-    """Where an encoder is made: module of this package, name of its settings."""
+    """Where an encoder is made: a module of this package with a `build`, and the name of its settings."""
 
     module: str
     config: str
 
 
-OWN = {
+ENCODERS = {
     "mlp": Entry("mlp", "MLPConfig"),
     "reduced_resnet18": Entry("resnet", "ReducedResNet18Config"),
     "resnet18": Entry("resnet", "ResNet18Config"),
 }
-NAMED = Entry("torchvision", "NamedModelConfig")
+OTHERS = Entry("torchvision", "NamedModelConfig")
 SMALLEST_IMAGE = 28  # pixels; below, a perceptron is the default
 
 
 def names() -> list[str]:
     """Our own encoders, then the forms that name a model of another package."""
-    return [*OWN, "torchvision:NAME", "timm:NAME"]
+    return [*ENCODERS, "torchvision:NAME", "timm:NAME"]
 
 
 def config_class(name: str) -> type[EncoderConfig]:
-    """The settings of an encoder.    Raises: UnknownName."""
+    """The settings of an encoder.    Raises: UnknownName; ClSimError for a timm model without timm."""
     entry = _entry(name)
     found: type[EncoderConfig] = getattr(_module(entry), entry.config)
     return found
 
 
 def build(name: str, cfg: Any, field: Field) -> Pixels:
-    """A fresh encoder for samples of this field, behind its pixel scaling."""
+    """A fresh encoder for samples of this field, behind its pixel scaling.
+
+    `resnet18` is our own one with a 3x3 stem; torchvision's is `torchvision:resnet18`.
+
+    Raises: UnknownName; BadConfig for samples that the encoder cannot take.
+    """
     module = _module(_entry(name))
-    made = module.build(cfg, field) if name in OWN else module.build(name, cfg, field)
+    made = module.build(cfg, field) if name in ENCODERS else module.build(name, cfg, field)
     return Pixels(made, cfg, field)
 
 
 def default(field: Field) -> str:
-    """What a stream gets if nothing is named: the reduced ResNet-18 for images, else a perceptron."""
+    """What a stream gets if nothing is named: the reduced ResNet-18 for images of 28 pixels or more, else a perceptron."""
     image = len(field.shape) == 3 and min(field.shape[1:]) >= SMALLEST_IMAGE
     return "reduced_resnet18" if image else "mlp"
 
 
 def _entry(name: str) -> Entry:
-    if name in OWN:
-        return OWN[name]
-    if name.startswith(("torchvision:", "timm:")):
-        return NAMED
+    if name in ENCODERS:
+        return ENCODERS[name]
     from cl_sim.encoders import torchvision
 
-    if name in torchvision.names():
-        return NAMED
-    raise UnknownName("encoder", name, [*OWN, *torchvision.names()], "cl-sim list encoders")
+    known = torchvision.names()
+    if name.startswith("timm:"):
+        torchvision.check_timm(name)
+    elif name.removeprefix("torchvision:") not in known:
+        prefix = "torchvision:" if name.startswith("torchvision:") else ""
+        raise UnknownName("encoder", name, [*ENCODERS, *(prefix + one for one in known)], "cl-sim list encoders")
+    return OTHERS
 
 
 def _module(entry: Entry) -> Any:

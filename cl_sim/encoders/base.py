@@ -25,23 +25,31 @@ class EncoderConfig:
             raise BadConfig(
                 f"encoder.mean has {len(self.mean)} values and encoder.std {len(self.std)}; give both or none"
             )
+        if self.std and min(self.std) <= 0:
+            raise BadConfig(f"encoder.std is {list(self.std)}; each value must be above 0")
 
 
 class Pixels(nn.Module):
     """An encoder behind its input scaling: bytes become [0, 1], then mean and std, if there are any.
 
-    Shapes: [B, *shape] uint8 or float -> [B, dim].
+    A frozen encoder asks for no gradients and stays in evaluation mode, whatever `train` says; give optimisers
+    `cl_sim.optim.trainable(net)`.
+
+    Shapes: [B, *shape] uint8 or float -> [B, dim].    Raises: BadConfig if mean and channels differ in number.
     """
 
     mean: Tensor
     std: Tensor
+    dim: int
 
-    def __init__(self, encoder: nn.Module, cfg: EncoderConfig, field: Field) -> None:
+    def __init__(self, encoder: Any, cfg: EncoderConfig, field: Field) -> None:
         super().__init__()
-        if cfg.mean and len(cfg.mean) != field.shape[0]:
-            raise BadConfig(f"encoder.mean has {len(cfg.mean)} values, but the samples have {field.shape[0]} channels")
-        self.encoder, self.frozen, self.scaled = encoder, cfg.frozen, bool(cfg.mean)
-        self.dim: Any = encoder.dim
+        channels = field.shape[0] if field.shape else 1
+        if cfg.mean and len(cfg.mean) != channels:
+            raise BadConfig(
+                f"encoder.mean has {len(cfg.mean)} values, but the samples have {channels} channels; give one for each"
+            )
+        self.encoder, self.frozen, self.scaled, self.dim = encoder, cfg.frozen, bool(cfg.mean), encoder.dim
         if self.scaled:
             tail = (1,) * (len(field.shape) - 1)
             self.register_buffer("mean", torch.tensor(cfg.mean).view(-1, *tail))
