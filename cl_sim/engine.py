@@ -135,6 +135,7 @@ def run(
         stopping = stop()
         if plan.saves(step) or stopping:
             with clock.paused():
+                journal.sync()  # a checkpoint must never know more than the journal
                 _save(strategy, meter, progress, step, place)
         if stopping and step + 1 < plan.steps:
             return None

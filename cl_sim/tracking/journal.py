@@ -56,6 +56,10 @@ class Journal:
     def end(self, status: str, reason: str) -> None:
         """Write how the group ended: 'finished', 'failed' or 'interrupted', and why."""
         self._append({"kind": "end", "status": status, "reason": reason})
+        self.sync()
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk: a checkpoint must never know more than the journal after a power cut."""
         os.fsync(self._file.fileno())
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -86,17 +90,24 @@ def read(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
         content = file.read()
     end = content.rfind(b"\n") + 1
     lines, byte = [], start
-    for raw in content[:end].splitlines(keepends=True):
+    for raw in content[:end].split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(raw))
+            lines.append(_line(raw))
         except ValueError:
-            if byte + len(raw) == start + end:  # the last line: a full disk or a kill may have torn it
+            if byte + len(raw) + 1 == start + end:  # the last line: a full disk or a kill may have torn it
                 return lines, byte
             raise ClSimError(
                 f"{path} is damaged at byte {byte}: not a JSON line; restore the file or run again"
             ) from None
-        byte += len(raw)
+        byte += len(raw) + 1
     return lines, byte
+
+
+def _line(raw: bytes) -> dict[str, Any]:
+    line = json.loads(raw)
+    if not isinstance(line, dict) or "kind" not in line:
+        raise ValueError("not a journal line")
+    return line
 
 
 def _plain(value: Any) -> Any:

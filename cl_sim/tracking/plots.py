@@ -17,6 +17,7 @@ from cl_sim.tracking import journal
 
 Floats = NDArray[np.float64]
 LABELLED = 12  # cells per side that still get their number written in
+FEW = 20  # classes that still get a colour and a legend entry of their own
 WIDTH, HEIGHT = 6.4, 4.0  # inches
 
 
@@ -40,7 +41,8 @@ def draw_run(run_dir: Path) -> list[Path]:
         made.append(matrix_figure(np.mean(matrices, 0), record["splits"], title, folder / "matrix.png"))
     made.append(anytime_figure({record["strategy"]: _anytime(evaluations)}, folder / "anytime.png"))
     if counts is not None:
-        made.append(memory_figure(*counts, folder / "memory.png"))
+        title = f"{record['strategy']} on {record['stream']}: memory of seed {record['seeds'][0]}"
+        made.append(memory_figure(*counts, folder / "memory.png", title))
     return made
 
 
@@ -81,13 +83,18 @@ def _anytime(evaluations: Sequence[transfer.Record]) -> tuple[NDArray[np.int64],
 def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path) -> Path:
     """Heat map: a row per task end, a column per split.    Shapes: matrix [T, S]."""
     figure, axes = _figure(WIDTH, 1.2 + 0.45 * min(len(matrix), 12) + 1.0)
-    image = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    rows, columns = matrix.shape
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    image = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto", extent=extent)
     if max(matrix.shape) <= LABELLED:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "white" if value < 0.6 else "black"
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(len(names)), names, fontsize=8)
-        axes.set_yticks(range(len(matrix)), [f"after {t + 1}" for t in range(len(matrix))], fontsize=8)
+            text = "" if np.isnan(value) else f"{100 * value:.0f}"
+            axes.text(column + 1, row + 1, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(1, columns + 1), names, fontsize=8)
+        axes.set_yticks(range(1, rows + 1), [f"after {t + 1}" for t in range(rows)], fontsize=8)
+    else:
+        axes.set(xlabel="split", ylabel="after task")
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, label="accuracy, %")
     return _save(figure, path)
@@ -106,7 +113,7 @@ def anytime_figure(curves: Mapping[str, tuple[NDArray[np.int64], Floats, Floats]
     return _save(figure, path)
 
 
-def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path) -> Path:
+def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path, title: str = "") -> Path:
     """Share of each class in the memory at each task end.    Shapes: samples [n], counts [n, C]."""
     figure, axes = _figure(WIDTH, HEIGHT)
     bottom = np.zeros(len(samples))
@@ -116,8 +123,11 @@ def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path) -> Pat
         axes.bar(samples, column, width, bottom, color=palette[label], label=str(label))
         bottom += column
     axes.set(xlabel="samples seen", ylabel="rows in the memory")
-    if counts.shape[1] <= 20:
+    axes.set_title(title, fontsize=9)
+    if counts.shape[1] <= FEW:
         axes.legend(title="class", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        _class_bar(figure, axes, counts.shape[1])
     return _save(figure, path)
 
 
@@ -145,7 +155,15 @@ def _figure(width: float, height: float) -> Any:
 def _palette(count: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["tab20" if count <= 20 else "turbo"](np.linspace(0, 1, max(count, 2)))
+    return colormaps["tab20" if count <= FEW else "turbo"](np.linspace(0, 1, max(count, 2)))
+
+
+def _class_bar(figure: Any, axes: Any, count: int) -> None:
+    """A colour bar over class numbers, where a legend would not fit."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(0, count - 1), "turbo"), ax=axes, label="class")
 
 
 def _save(figure: Any, path: Path) -> Path:
