@@ -1,8 +1,8 @@
 """Image corruptions in five severities, batched on the device; bytes in, bytes out.
 
 Source: Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"; the
-constants are those of its CIFAR-10 version where it has the corruption in this form. Departures: blur is a plain
-Gaussian, fog is flat instead of a fractal, and pixelation averages whole cells (ours).
+constants are those of its CIFAR-10 version. Departures: shot noise is drawn from the normal approximation of the photon
+counts; fog is flat instead of a fractal, with constants of our own; pixelation averages whole cells.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def gaussian_noise(x: Tensor, level: int, rng: Rng) -> Tensor:
 
 
 def shot_noise(x: Tensor, level: int, rng: Rng) -> Tensor:
-    """Photon counts, by their normal approximation (Poisson draws have no fixed cost)."""
+    """Photon counts, by their normal approximation (a Poisson draw takes a number of steps that depends on its value)."""
     return x + (x / SHOTS[level]).sqrt() * rng.normal(*x.shape[1:])
 
 
@@ -56,8 +56,10 @@ def contrast(x: Tensor, level: int, rng: Rng) -> Tensor:
 
 
 def brightness(x: Tensor, level: int, rng: Rng) -> Tensor:
-    """Add light."""
-    return x + BRIGHTNESS[level]
+    """Add to the value of hue, saturation and value; hue and saturation stay."""
+    value = x.amax(-3, keepdim=True)
+    brighter = (value + BRIGHTNESS[level]).clamp(max=1)
+    return torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
 
 
 def fog(x: Tensor, level: int, rng: Rng) -> Tensor:
@@ -68,7 +70,7 @@ def fog(x: Tensor, level: int, rng: Rng) -> Tensor:
 def pixelate(x: Tensor, level: int, rng: Rng) -> Tensor:
     """Average into a coarser image and enlarge it again."""
     height, width = x.shape[-2:]
-    coarse = max(1, round(CELLS[level] * height)), max(1, round(CELLS[level] * width))
+    coarse = max(1, int(CELLS[level] * height)), max(1, int(CELLS[level] * width))
     planes = F.interpolate(x.flatten(0, 1), coarse, mode="area")
     return F.interpolate(planes, (height, width), mode="nearest").view_as(x)
 
@@ -82,6 +84,16 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int, Rng], Tensor]] = {
     "fog": fog,
     "pixelate": pixelate,
 }
+
+
+def sample_rng(keys: Tensor, index: Tensor) -> Rng:
+    """Random numbers that belong to samples, not to calls: one sequence per sample, from its key and its number.
+
+    Shapes: keys, index [N] int64 -> an Rng of N runs. A sample may draw 2^24 numbers before it meets the next one's.
+    """
+    rng = Rng((), "samples", keys.device)
+    rng.key, rng.counter = keys.clone(), index << 24
+    return rng
 
 
 def corrupt(x: Tensor, name: str, severity: int, rng: Rng) -> Tensor:

@@ -147,7 +147,7 @@ class IndexedStream:
             "digest": self.digest,
             "classes": self.classes,
             "samples": self.samples,
-            "left out": len(self.data.train.y) - self.samples,
+            "left out": len(self.data.train.y) - len(np.unique(self.schedule.rows[0, : self.samples])),
             "steps": self.steps,
             "batch": self.batch_size,
             "task ends": list(self.schedule.ends),
@@ -172,7 +172,7 @@ def class_orders(classes: int, order: str, seeds: Sequence[int]) -> NDArray[np.i
             np.random.RandomState(seed % 2**32).shuffle(one)
             orders.append(one)
         return np.stack(orders)
-    given = [int(word) if word.strip().isdigit() else -1 for word in order.split(",")]
+    given = [int(word) if word.strip().isdecimal() else -1 for word in order.split(",")]
     if sorted(given) != list(range(classes)):
         raise BadConfig(
             f"stream.order is '{order}'; allowed are 'shuffled', 'fixed' or every class 0 to {classes - 1} once, "

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from cl_sim.indexed import IndexedStream
 from cl_sim.stream import Stream
 
 SHADES = " ·░▒▓█"
@@ -29,11 +30,22 @@ class Timeline:
 def of(stream: Stream, bins: int = 60) -> Timeline:
     """Count the labels of the stream's first run."""
     steps = len(stream)
-    labels = [stream.batch(step)["y"][0].cpu().numpy() for step in range(steps)]
-    cuts = np.linspace(0, steps, min(bins, steps) + 1).round().astype(int)
-    counts = [np.bincount(np.concatenate(labels[a:b]), minlength=stream.classes) for a, b in pairwise(cuts)]
+    labels = _labels(stream)
+    edges = np.linspace(0, steps, min(bins, steps) + 1).round().astype(np.int64) * stream.batch_size
+    counts = [np.bincount(labels[a:b], minlength=stream.classes) for a, b in pairwise(edges)]
     ends = tuple((step + 1) * stream.batch_size for step in range(steps) if stream.ends_task(step))
-    return Timeline(cuts * stream.batch_size, np.stack(counts).astype(np.float64), ends)
+    return Timeline(edges, np.stack(counts).astype(np.float64), ends)
+
+
+def _labels(stream: Stream) -> NDArray[np.int64]:
+    """The first run's labels, without gathering a sample where the order is known.    Shapes: -> [N]."""
+    if isinstance(stream, IndexedStream):
+        known: NDArray[np.int64] = stream.schedule.labels[0]
+        return known
+    labels: NDArray[np.int64] = np.concatenate(
+        [stream.batch(step)["y"][0].cpu().numpy() for step in range(len(stream))]
+    )
+    return labels
 
 
 def draw(line: Timeline) -> str:

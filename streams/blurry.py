@@ -1,11 +1,13 @@
 """Streams without clean boundaries: i-Blurry tasks that share classes, or classes that come and go as Gaussians.
 
 Source: i-Blurry: Koh et al. 2022, "Online Continual Learning on Class Incremental Blurry Task Configuration with Anytime
-Inference" (N % of the classes are disjoint: they come in one task only; M % of the samples of the other, blurry classes
-come in another task than their own). Gaussian: Shanahan et al. 2021, "Encoders and Ensembles for Task-Free Continual
-Learning" (a class's rate over time is a bell).
-Departures: moved samples are spread evenly at random over the other tasks. A Gaussian stream draws a moment for every
-sample from the bell of its class and plays the samples in the order of their moments, so that each comes exactly once.
+Inference": N % of the classes are disjoint, they come in one task only; of the others, the blurry ones, M % of the samples
+come in another task than their class's own. Gaussian: Shanahan et al. 2021, "Encoders and Ensembles for Task-Free Continual
+Learning": at time t a sample is of class c with a probability that goes as exp(-(t - centre_c)^2 / (2 width^2)).
+Departures: how the M % are dealt to the other tasks is ours: evenly. Classes are cut to the size of the smallest one in
+i-Blurry, so that tasks end at the same step in every run (`length="all"` keeps every sample). A Gaussian stream draws a
+moment from the bell of its class for every sample and plays the samples in the order of their moments (ours), so that
+each comes exactly once; centres are spread evenly, and the stream has no tasks, only evaluations in full.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class BlurryConfig:
     disjoint: float = 50.0  # percent of the classes that come in one task only (i-blurry)
     blurry: float = 10.0  # percent of the other classes' samples that come in another task (i-blurry)
     width: float = 0.1  # standard deviation of a class's bell, as a share of the stream (gaussian)
+    length: Literal["equal", "all"] = "equal"  # samples per class: as many as the smallest has, or all (i-blurry)
     batch: int = 10  # samples per step
     order: str = "shuffled"  # classes: shuffled per seed, fixed, or a list such as 3,1,0,2
     announces: bool = False  # strategies may hear of task boundaries
@@ -46,6 +49,8 @@ class BlurryConfig:
         at_least(self, tasks=1, batch=1, subset=1, size=0)
         within(self, 0, 100, "disjoint", "blurry")
         within(self, 1e-6, 1e3, "width")
+        if self.announces and self.schedule == "gaussian":
+            raise BadConfig("a gaussian schedule has no task boundaries to announce; use --set stream.announces=false")
 
 
 class Blurry(IndexedStream):
@@ -60,17 +65,14 @@ class Blurry(IndexedStream):
         y, classes = np.asarray(loaded.train.y), len(loaded.classes)
         orders = class_orders(classes, cfg.order, seeds)
         play = i_blurry if cfg.schedule == "i-blurry" else gaussian
-        sequences = []
+        sequences, sizes = [], []
         for order, seed in zip(orders, seeds, strict=True):
             rng = host_rng(seed, "blurry order")
-            rows = play(y, order, cfg, rng)
+            rows, per_task = play(y, order, cfg, rng)
             sequences.append(rng.permutation(rows) if iid else rows)
-        rows = np.stack(sequences)
-        steps = rows.shape[1] // cfg.batch
-        if steps < cfg.tasks:
-            raise BadConfig(f"stream.tasks is {cfg.tasks}, but the stream has only {steps} steps; use fewer tasks")
-        rows = rows[:, : steps * cfg.batch]
-        ends = tuple(int(end) - 1 for end in np.linspace(0, steps, cfg.tasks + 1).round()[1:])
+            sizes.append(per_task)
+        ends = task_ends(np.stack(sizes), cfg)
+        rows = np.stack(sequences)[:, : (ends[-1] + 1) * cfg.batch]
         super().__init__(
             loaded,
             Schedule(rows=rows, labels=y[rows], ends=ends),
@@ -80,16 +82,22 @@ class Blurry(IndexedStream):
             device=device,
             subset=cfg.subset,
         )
-        self.disjoint = orders[0][: disjoint_classes(classes, cfg)]
-        self.cfg = cfg
+        self.cfg, self.orders = cfg, orders
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and which classes are disjoint in the first run."""
-        bell = {"width": self.cfg.width}
-        blur = {"disjoint classes": sorted(int(c) for c in self.disjoint), "blurry samples": f"{self.cfg.blurry:g} %"}
-        return super().describe() | {
-            "schedule": self.cfg.schedule,
-            **(blur if self.cfg.schedule == "i-blurry" else bell),
+        """Counts; i-Blurry: disjoint and blurry classes of each task of the first run; Gaussian: centres in order."""
+        about = super().describe() | {"schedule": self.cfg.schedule}
+        order = self.orders[0]
+        if self.cfg.schedule == "gaussian":
+            return about | {"centres in order": [int(c) for c in order], "width": f"{self.cfg.width:g} of the stream"}
+        first_blurry, task = disjoint_classes(self.classes, self.cfg), np.arange(self.classes) % self.cfg.tasks
+        alone, shared = np.split(order, [first_blurry])
+        return about | {
+            "disjoint classes": [
+                sorted(int(c) for c in alone[task[:first_blurry] == t]) for t in range(self.cfg.tasks)
+            ],
+            "blurry classes": [sorted(int(c) for c in shared[task[first_blurry:] == t]) for t in range(self.cfg.tasks)],
+            "blurry samples": f"{self.cfg.blurry:g} % come in another task",
         }
 
 
@@ -98,34 +106,55 @@ def disjoint_classes(classes: int, cfg: BlurryConfig) -> int:
     return round(classes * cfg.disjoint / 100)
 
 
-def i_blurry(y: Ints, order: Ints, cfg: BlurryConfig, rng: np.random.Generator) -> Ints:
-    """Every row once; tasks one after the other, shuffled within.    Shapes: y [N], order [C] -> [N].
+def i_blurry(y: Ints, order: Ints, cfg: BlurryConfig, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Rows, task after task and shuffled within, and how many each task has.    Shapes: y [N], order [C] -> [n], [T].
 
-    The disjoint classes, then the blurry ones, are dealt to the tasks in turn; of each blurry class the given share of
-    samples moves to other tasks.
+    Classes are dealt to the tasks in turn, the disjoint ones first. Of each blurry class the given share of samples
+    is dealt to the other tasks in turn.
     """
-    classes = len(order)
-    first_blurry = disjoint_classes(classes, cfg)
-    home = np.empty(classes, dtype=np.int64)
-    for group in (order[:first_blurry], order[first_blurry:]):
-        home[group] = np.arange(len(group)) % cfg.tasks
-    task = home[y]
-    if cfg.tasks > 1:
-        for c in order[first_blurry:]:
-            rows = rng.permutation(np.flatnonzero(y == c))
-            moved = rows[: round(len(rows) * cfg.blurry / 100)]
-            task[moved] = (task[moved] + rng.integers(1, cfg.tasks, len(moved))) % cfg.tasks
-    return np.lexsort((rng.random(len(y)), task))
+    counts = np.bincount(y, minlength=len(order))
+    shortest = int(counts[counts > 0].min())
+    rows, tasks = [], []
+    for arrival, c in enumerate(order):
+        mine = rng.permutation(np.flatnonzero(y == c))
+        mine = mine[:shortest] if cfg.length == "equal" else mine
+        task = np.full(len(mine), arrival % cfg.tasks)
+        if arrival >= disjoint_classes(len(order), cfg) and cfg.tasks > 1:
+            moved = np.arange(round(len(mine) * cfg.blurry / 100))
+            task[moved] = (task[moved] + 1 + (moved + arrival) % (cfg.tasks - 1)) % cfg.tasks
+        rows.append(mine)
+        tasks.append(task)
+    every, task = np.concatenate(rows), np.concatenate(tasks)
+    return every[np.lexsort((rng.random(len(every)), task))], np.bincount(task, minlength=cfg.tasks)
 
 
-def gaussian(y: Ints, order: Ints, cfg: BlurryConfig, rng: np.random.Generator) -> Ints:
-    """Every row once, ordered by a moment drawn from the bell of its class.    Shapes: y [N], order [C] -> [N].
-
-    The centres of the bells are spread evenly over the stream, in the order of the classes.
-    """
+def gaussian(y: Ints, order: Ints, cfg: BlurryConfig, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Every row once, ordered by a moment drawn from the bell of its class; and equal stretches.    Shapes: as i_blurry."""
     centre = np.empty(len(order))
     centre[order] = (np.arange(len(order)) + 0.5) / len(order)
-    return np.argsort(rng.normal(centre[y], cfg.width), kind="stable")
+    cuts = np.linspace(0, len(y), cfg.tasks + 1).round().astype(np.int64)
+    stretches = cuts[1:] - cuts[:-1]
+    return np.argsort(rng.normal(centre[y], cfg.width), kind="stable"), stretches
+
+
+def task_ends(sizes: Ints, cfg: BlurryConfig) -> tuple[int, ...]:
+    """The step in which the last sample of each task comes; the last incomplete batch is dropped.    Shapes: sizes [R, T].
+
+    Raises: BadConfig if stacked runs have tasks of different lengths, or if a task ends within its first step.
+    """
+    if (sizes != sizes[0]).any():
+        raise BadConfig(
+            "stream.length 'all' gives these seeds tasks of different lengths, so they cannot run stacked; use --stack 1, or "
+            "--set stream.length=equal"
+        )
+    until = np.cumsum(sizes[0])
+    ends = np.minimum(-(-until // cfg.batch), until[-1] // cfg.batch) - 1
+    if (np.diff(ends, prepend=-1) < 1).any():
+        raise BadConfig(
+            f"stream.tasks is {cfg.tasks}, but with batches of {cfg.batch} a task has no step of its own; use fewer tasks "
+            "or a smaller --set stream.batch=N"
+        )
+    return tuple(int(end) for end in ends)
 
 
 def class_splits(labels: Ints, names: tuple[str, ...], batch: int) -> Splits:

@@ -3,7 +3,8 @@
 Source: Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory for Continual Learning", as replayed by the online code line
 (batches of 10, one epoch, shuffled class order per run, the incomplete last batch of a task dropped).
 Departures: where classes differ in size, every task gets as many steps as the smallest possible task has, so that all
-class orders give streams of one length (`length="all"` keeps every sample instead).
+class orders give streams of one length (`length="all"` keeps every sample instead). Tasks follow the set's own labels also
+where the labels learned from are wrong, made up (`noise`) or human (`labels=FILE:COLUMN`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cl_sim.arrays import load
+from cl_sim.arrays import DataSet, load
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
 from cl_sim.indexed import (
@@ -45,13 +46,13 @@ class SplitConfig:
     length: Literal["equal", "all"] = "equal"  # steps per task: the same in every class order, or every sample
     samples_per_task: int = 0  # at most so many; 0: no limit
     imbalance: float = 1.0  # long tail: how many times larger the largest class is than the smallest
-    tail: Literal["ordered", "shuffled"] = "ordered"  # sizes fall with arrival, or by a fixed shuffle of arrivals
-    noise: float = 0.0  # share of training labels that are wrong
+    tail: Literal["ordered", "shuffled"] = "ordered"  # the first class to arrive is largest, or a fixed shuffle of that
+    noise: float = 0.0  # probability that a training label is wrong
     noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"  # to any other class, or to the next one
     announces: bool = True  # strategies may hear of task boundaries
     subset: int = 500  # test samples of the small evaluations, in all
     size: int = 0  # pixels; resize images to size x size (0: as they are)
-    labels: str = ""  # other labels: FILE:COLUMN (human noise, say), or a column of the set's own table
+    labels: str = ""  # FILE:COLUMN: labels to learn from (human ones, say); or a column of the set's own table
 
     def __post_init__(self) -> None:
         at_least(self, tasks=0, batch=1, samples_per_task=0, imbalance=1, subset=1, size=0)
@@ -67,7 +68,8 @@ class Split(IndexedStream):
         self, cfg: SplitConfig, seeds: tuple[int, ...], device: torch.device, data: str = "", iid: bool = False
     ) -> None:
         loaded = load(cfg.data, data, size=cfg.size, labels=cfg.labels)
-        y, classes = np.asarray(loaded.train.y), len(loaded.classes)
+        classes = len(loaded.classes)
+        y, given = own_labels(cfg, data, loaded), np.asarray(loaded.train.y)
         tasks = cfg.tasks or usual_tasks(cfg.data, classes)
         equal_tasks(classes, tasks)
         self.orders = class_orders(classes, cfg.order, seeds)
@@ -77,12 +79,10 @@ class Split(IndexedStream):
         steps = task_steps(sizes, self.orders, tasks, cfg)
         sequence, ends = class_incremental(pools, self.orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid)
         self.clean = y[sequence]  # [R, N], for measuring only
-        labels = np.stack(
-            [
-                noisy_labels(one, classes, cfg.noise, cfg.noise_kind, host_rng(seed, "label noise"))
-                for one, seed in zip(self.clean, seeds, strict=True)
-            ]
-        )
+        noisy = [
+            noisy_labels(given, classes, cfg.noise, cfg.noise_kind, host_rng(seed, "label noise")) for seed in seeds
+        ]
+        labels = np.stack([whole[row] for whole, row in zip(noisy, sequence, strict=True)])
         super().__init__(
             loaded,
             Schedule(rows=sequence, labels=labels, ends=ends),
@@ -92,15 +92,26 @@ class Split(IndexedStream):
             device=device,
             subset=cfg.subset,
         )
-        self.tasks = tasks
+        self.tasks, self.cfg = tasks, cfg
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and the first run's classes per task."""
+        """Counts, and the first run's classes per task, samples of each class in order of arrival, and wrong labels."""
         order = [[int(c) for c in part] for part in np.split(self.orders[0], self.tasks)]
-        wrong = float((self.clean != self.schedule.labels).mean())
         counts = np.bincount(self.clean[0], minlength=self.classes)
-        more = {"tasks": order, "samples per class": f"{counts.min()} to {counts.max()}"}
-        return super().describe() | more | ({"wrong labels": f"{wrong:.1%}"} if wrong else {})
+        tail = [int(n) for n in counts[self.orders[0]]]
+        wrong = float((self.clean[0] != self.schedule.labels[0]).mean())
+        return super().describe() | {
+            "tasks": order,
+            "samples per class": tail if self.cfg.imbalance > 1 else f"{counts.min()} to {counts.max()}",
+            **({"wrong labels": f"{wrong:.1%}"} if wrong else {}),
+        }
+
+
+def own_labels(cfg: SplitConfig, data: str, loaded: DataSet) -> Ints:
+    """The set's own training labels, where `labels` names a file with other ones.    Shapes: -> [N]."""
+    if ":" not in cfg.labels:
+        return np.asarray(loaded.train.y)
+    return np.asarray(load(cfg.data, data, size=cfg.size).train.y)
 
 
 def usual_tasks(data: str, classes: int) -> int:
@@ -112,9 +123,10 @@ def long_tail(rows: list[Ints], order: Ints, seed: int, cfg: SplitConfig) -> lis
     """Fewer rows of some classes: n_k = n_max * imbalance^(-k / (C - 1)), k being the class's rank.
 
     The rank follows the order of arrival, or a shuffle of it that is the same for every seed, so that task lengths do
-    not depend on the seed. n_max is the smallest class's size. No imbalance: all rows.
+    not depend on the seed. No imbalance: all rows.
 
-    Source: Cui et al. 2019, "Class-Balanced Loss", for the exponential profile.
+    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", for the exponential profile.
+    Departures: n_max is the size of the smallest class, so that every class can take every rank.
     """
     if cfg.imbalance == 1:
         return rows

@@ -19,7 +19,7 @@ from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
 from cl_sim.indexed import IndexedStream, Schedule, host_rng
 
-FARTHEST = 5.0  # standard deviations; a column that only ever grows would leave every scale
+FARTHEST = 5.0  # standard deviations; a column that only ever grows leaves every scale of its past
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class TabularConfig:
     """Settings of the table stream."""
 
     data: str = ""  # csv:PATH (label last), csv:PATH#label=NAME, or npz:PATH with x [N, F]
-    batch: int = 10  # rows per step; 1 is the strict form, and ten times slower
+    batch: int = 10  # rows per step, as for images; 1 is the strict form, and nearly ten times slower
     scale: Literal["running", "none"] = "running"  # columns standardised by what came before, or as they are
 
     def __post_init__(self) -> None:
@@ -77,18 +77,18 @@ class Tabular(IndexedStream):
 
 
 def running_scale(x: NDArray[Any], batch: int) -> NDArray[np.float32]:
-    """Each batch standardised by the rows before it, cut at 5 standard deviations; the first batch is as it is.
+    """Each batch standardised by the rows before it, and cut at -5 and 5.
 
-    A column that was constant so far is only centred.
+    The first batch, with nothing before it, is only cut; a column that was constant so far is only centred and cut.
 
     Shapes: [N, F] -> same.
     """
-    wide = x.astype(np.float64)
+    wide = x.astype(np.float64) - x[0]  # sums of squares lose digits where the mean is large
     count = np.arange(1, len(x) + 1)[:, None]
     mean = np.cumsum(wide, 0) / count
     spread = np.sqrt(np.maximum(np.cumsum(wide**2, 0) / count - mean**2, 0))
     before = np.arange(len(x)) // batch * batch - 1  # the last row before each batch
-    known = before >= 0
     scale = np.where(spread[before] > 1e-8, spread[before], 1.0)
-    scaled = np.where(known[:, None], (wide - mean[before]) / scale, wide)
-    return scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
+    scaled = np.where((before >= 0)[:, None], (wide - mean[before]) / scale, x)
+    made: NDArray[np.float32] = scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
+    return made
