@@ -1,12 +1,16 @@
 """Training views: batch to batch, on the device, every image with a draw of its own from the counter RNG.
 
-Bytes stay bytes: the encoder turns them into numbers.
+Each augmentation is a `draw_...` (random numbers only) and an `apply_...` (no random numbers), so that what was drawn can be
+compared, repeated or learned. The dtype stays: bytes in, bytes out, rounded once at the end of an augmentation; floats are
+taken to lie in [0, 1] and stay floats. All images are [R, B, C, H, W].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,57 +20,335 @@ from cl_sim.errors import BadConfig, UnknownName
 from cl_sim.rng import Rng
 from cl_sim.types import Batch, Field
 
+TRIES = 10  # boxes drawn before the centre is taken
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-def shift(x: Tensor, rng: Rng, pixels: float = 4) -> Tensor:
-    """Move each image by its own whole number of pixels, up to `pixels` each way; zeros come in (a padded random crop).
 
-    Shapes: [R, B, C, H, W] -> same.
-    """
-    reach = int(pixels)
+def to_float(x: Tensor) -> Tensor:
+    """Bytes as float32 in [0, 1]; floats as they are.    Shapes: any -> same."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floats in [0, 1] as the nearest byte, if bytes are wanted; else as that float type.    Shapes: any -> same."""
+    return (x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+
+
+def draw_shift(rng: Rng, batch: int, pixels: int) -> Tensor:
+    """Top left corner of each image in the padded image, from 0 to twice `pixels`.    Shapes: -> [R, B, 2], row first."""
+    return rng.below(2 * pixels + 1, batch, 2)
+
+
+def apply_shift(x: Tensor, corner: Tensor, pixels: int) -> Tensor:
+    """Pad each image with zeros and cut it out again at its corner.    Shapes: x [R, B, C, H, W], corner [R, B, 2] -> x."""
     runs, batch, _, height, width = x.shape
-    corner = rng.below(2 * reach + 1, batch, 2)  # [R, B, 2], the crop's place in the padded image
     rows = corner[..., :1] + torch.arange(height, device=x.device)  # [R, B, H]
     columns = corner[..., 1:] + torch.arange(width, device=x.device)  # [R, B, W]
     run = torch.arange(runs, device=x.device)[:, None, None, None]
     item = torch.arange(batch, device=x.device)[:, None, None]
-    padded = F.pad(x, (reach,) * 4)
+    padded = F.pad(x, (pixels,) * 4)
     return padded[run, item, :, rows[..., None], columns[..., None, :]].movedim(-1, 2)
+
+
+def shift(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
+    """Move each image by its own whole number of pixels; zeros come in.    Shapes: [R, B, C, H, W] -> same."""
+    return apply_shift(x, draw_shift(rng, x.shape[1], pixels), pixels)
+
+
+def crop(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
+    """Pad with zeros and cut out at random: another name of `shift`.    Shapes: [R, B, C, H, W] -> same."""
+    return shift(x, rng, pixels)
+
+
+def apply_flip(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror the chosen images left to right.    Shapes: x [R, B, C, H, W], mirrored [R, B] bool -> x."""
+    return torch.where(_per_image(mirrored), x.flip(-1), x)
 
 
 def flip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
     """Mirror each image left to right with the given probability.    Shapes: [R, B, C, H, W] -> same."""
-    mirrored = rng.chance(probability, x.shape[1])[..., None, None, None]
-    return torch.where(mirrored, x.flip(-1), x)
+    return apply_flip(x, rng.chance(probability, x.shape[1]))
 
 
-def erase(x: Tensor, rng: Rng, pixels: float = 8) -> Tensor:
-    """Blacken one square of that side per image, its centre anywhere in the image.    Shapes: [R, B, C, H, W] -> same.
+def draw_erase(rng: Rng, batch: int, height: int, width: int, pixels: int) -> Tensor:
+    """Top left corner of each square, its centre anywhere in the image.    Shapes: -> [R, B, 2], row first."""
+    centre = torch.stack([rng.below(height, batch), rng.below(width, batch)], -1)
+    return centre - pixels // 2
 
-    Source: DeVries and Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout".
-    """
-    height, width = x.shape[-2:]
-    top = rng.below(height, x.shape[1], 1) - int(pixels) // 2  # [R, B, 1]
-    left = rng.below(width, x.shape[1], 1) - int(pixels) // 2
-    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    inside_rows = (row >= top) & (row < top + int(pixels))  # [R, B, H]
-    inside_columns = (column >= left) & (column < left + int(pixels))
+
+def apply_erase(x: Tensor, corner: Tensor, pixels: int) -> Tensor:
+    """Blacken a square; what lies outside the image is lost.    Shapes: x [R, B, C, H, W], corner [R, B, 2] -> x."""
+    top, left = corner[..., :1], corner[..., 1:]
+    row, column = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+    inside_rows = (row >= top) & (row < top + pixels)  # [R, B, H]
+    inside_columns = (column >= left) & (column < left + pixels)  # [R, B, W]
     inside = inside_rows[..., :, None] & inside_columns[..., None, :]
     return x.masked_fill(inside[:, :, None], 0)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {"shift": shift, "flip": flip, "erase": erase}
+def erase(x: Tensor, rng: Rng, pixels: int = 8) -> Tensor:
+    """Blacken one square of that side per image (cutout).    Shapes: [R, B, C, H, W] -> same.
+
+    Source: DeVries and Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout".
+    """
+    return apply_erase(x, draw_erase(rng, x.shape[1], x.shape[3], x.shape[4], pixels), pixels)
+
+
+def draw_boxes(
+    rng: Rng,
+    batch: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Random boxes: area uniform in `scale` (shares of the image), width over height log-uniform in `ratio`.
+
+    The first of ten candidates that fits into the image is taken, with a uniform place; if none fits, the largest centred
+    box of an allowed shape. That is the rule of torchvision's RandomResizedCrop.
+
+    Shapes: -> [R, B, 4], whole pixels: top, left, height, width.
+    """
+    share, slope = rng.uniform(batch, TRIES, 2).unbind(-1)  # [R, B, 10]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * slope)
+    sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round().long()  # [R, B, 10, 2]
+    tall, wide = sides.unbind(-1)
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    first = fits.byte().argmax(-1)[..., None, None].expand(-1, -1, -1, 2)
+    tall, wide = sides.gather(2, first)[:, :, 0].unbind(-1)  # [R, B]
+    none = ~fits.any(-1)
+    most_tall, most_wide = _largest(height, width, ratio)
+    tall, wide = tall.masked_fill(none, most_tall), wide.masked_fill(none, most_wide)
+    top, left = rng.below(height - tall + 1, batch), rng.below(width - wide + 1, batch)
+    top, left = top.masked_fill(none, (height - most_tall) // 2), left.masked_fill(none, (width - most_wide) // 2)
+    return torch.stack([top, left, tall, wide], -1)
+
+
+def _largest(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+    if width < height * ratio[0]:
+        return round(width / ratio[0]), width
+    if width > height * ratio[1]:
+        return height, round(height * ratio[1])
+    return height, width
+
+
+def apply_boxes(x: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Stretch the box of each image to the whole image, bilinearly, and mirror it if asked (in the same pass, at no cost).
+
+    A box is never larger than the image, so nothing shrinks and antialiasing makes no difference. Equal to torchvision's
+    resized_crop on float tensors within 1e-4 per pixel.
+
+    Shapes: x [R, B, C, H, W] float, boxes [R, B, 4], mirrored [R, B] bool -> x.
+    """
+    height, width = x.shape[-2:]
+    top, left, tall, wide = boxes.to(x.dtype)[..., None].unbind(2)  # [R, B, 1] each
+    rows = _sources(top, tall, height, x)
+    columns = _sources(left, wide, width, x)
+    if mirrored is not None:
+        columns = torch.where(mirrored[..., None], columns.flip(-1), columns)
+    rows, columns = rows[..., :, None].expand(*x.shape[:2], -1, width), columns[..., None, :].expand_as(x[:, :, 0])
+    grid = torch.stack([columns, rows], -1).flatten(0, 1)
+    taken = F.grid_sample(x.flatten(0, 1), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return taken.view_as(x)
+
+
+def _sources(start: Tensor, length: Tensor, size: int, x: Tensor) -> Tensor:
+    """Where each output row lies in the image, kept inside the box, in grid_sample's units.    Shapes: -> [R, B, size]."""
+    centre = torch.arange(size, device=x.device, dtype=x.dtype) + 0.5
+    inside = (centre * (length / size) - 0.5).clamp(min=0).minimum(length - 1)
+    return (2 * (start + inside) + 1) / size - 1
+
+
+def resized_crop(
+    x: Tensor, rng: Rng, scale: tuple[float, float] = (0.2, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """Cut out a random box and stretch it to the whole image, bilinearly.    Shapes: [R, B, C, H, W] -> same."""
+    boxes = draw_boxes(rng, x.shape[1], x.shape[3], x.shape[4], scale, ratio)
+    return to_dtype(apply_boxes(to_float(x), boxes), x.dtype)
+
+
+class Jitter(NamedTuple):
+    """What was drawn for a colour jitter.
+
+    Shapes: chosen [R, B] bool; factors [R, B, 4]: brightness, contrast, saturation (1: unchanged), hue in turns of the
+    colour circle (0: unchanged); order [R, B, 4]: which of the four comes first, second, third, last.
+    """
+
+    chosen: Tensor
+    factors: Tensor
+    order: Tensor
+
+
+def draw_jitter(
+    rng: Rng,
+    batch: int,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    probability: float = 0.8,
+) -> Jitter:
+    """Factors uniform in [max(0, 1 - s), 1 + s], hue in [-hue, hue], the order uniform among the 24, all per image."""
+    lowest = [max(0.0, 1 - strength) for strength in (brightness, contrast, saturation)] + [-hue]
+    highest = [1 + brightness, 1 + contrast, 1 + saturation, hue]
+    drawn = rng.uniform(batch, 5)  # [R, B, 5]
+    spread = [low + (high - low) * drawn[..., i] for i, (low, high) in enumerate(zip(lowest, highest, strict=True))]
+    order = rng.bits(batch, 4).argsort(-1)
+    return Jitter(drawn[..., 4] < probability, torch.stack(spread, -1), order)
+
+
+def apply_jitter(x: Tensor, drawn: Jitter) -> Tensor:
+    """Change brightness, contrast, saturation and hue of the chosen images, each in its own order.
+
+    Every order is exact in one pass of fixed shape: three blends, the hue, three blends. A change that comes before the
+    hue is made in the first three places, one that comes after it in the last three, and a place that is not used blends
+    with factor 1, which changes no bit. Equal to torchvision's four functions in that order within 1e-4 per pixel.
+
+    Shapes: x [R, B, C, H, W] float, C = 1 or 3 -> x. With one channel, saturation and hue do nothing.
+    """
+    blends = _blends(drawn)
+    out = x
+    for blend in blends[:3]:
+        out = _mixed(out, blend)
+    if x.shape[2] == 3:
+        out = turn_hue(out, drawn.factors[..., HUE])
+    for blend in blends[3:]:
+        out = _mixed(out, blend)
+    return torch.where(_per_image(drawn.chosen), out, x)
+
+
+class Blend(NamedTuple):
+    """How much of each image stays, and how much of its mean grey and of its greys comes in.    Shapes: [R, B, 1, 1, 1]."""
+
+    stays: Tensor
+    mean: Tensor
+    greys: Tensor
+
+
+def _blends(drawn: Jitter) -> list[Blend]:
+    """The three blends before the hue and the three after it."""
+    place = torch.arange(4, device=drawn.order.device)
+    at = (drawn.order == HUE).byte().argmax(-1, keepdim=True)  # [R, B, 1], the hue's place in the order
+    kind = torch.cat([drawn.order[..., :3], drawn.order[..., 1:]], -1)  # [R, B, 6]
+    used = torch.cat([place[:3] < at, place[1:] > at], -1)
+    stays = torch.where(used, drawn.factors.gather(-1, kind), 1.0)
+    parts = torch.stack([stays, (1 - stays) * (kind == CONTRAST), (1 - stays) * (kind == SATURATION)])  # [3, R, B, 6]
+    return [Blend(*_per_image(one)) for one in parts.unbind(-1)]
+
+
+def _mixed(x: Tensor, blend: Blend) -> Tensor:
+    shades = greys(x)  # [R, B, 1, H, W]
+    rest = torch.addcmul(blend.mean * shades.mean((-2, -1), keepdim=True), shades, blend.greys)
+    return torch.addcmul(rest, x, blend.stays).clamp_(0, 1)
+
+
+def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the colours by a part of the colour circle; the largest and smallest channel keep their values.
+
+    Shapes: x [R, B, 3, H, W] float, turns [R, B] -> x.
+    """
+    red, green, blue = x.unbind(2)
+    low, high = x.aminmax(dim=2)
+    spread = high - low  # [R, B, H, W]
+    width = spread.clamp(min=1e-12)  # a grey pixel has no hue: its numerators are 0 too
+    blueish = torch.where(high == green, (blue - red) / width + 2, (red - green) / width + 4)
+    hue = (
+        torch.where(high == red, (green - blue) / width, blueish) + 6 * turns[..., None, None]
+    )  # in sixths of the circle
+    hue = hue - 6 * torch.floor(hue / 6)
+    red = (hue - 3).abs() - 1
+    green = 2 - (hue - 2).abs()
+    blue = 2 - (hue - 4).abs()
+    full = torch.stack([red, green, blue], 2).clamp_(0, 1)
+    return torch.addcmul(low[:, :, None], full, spread[:, :, None])
+
+
+def jitter(
+    x: Tensor,
+    rng: Rng,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    probability: float = 0.8,
+) -> Tensor:
+    """Change brightness, contrast, saturation and hue in a random order per image.    Shapes: [R, B, C, H, W] -> same."""
+    drawn = draw_jitter(rng, x.shape[1], brightness, contrast, saturation, hue, probability)
+    return to_dtype(apply_jitter(to_float(x), drawn), x.dtype)
+
+
+def greys(x: Tensor) -> Tensor:
+    """Brightness as the eye weighs it, 0.2989 red + 0.587 green + 0.114 blue.    Shapes: [R, B, C, H, W] -> [R, B, 1, H, W]."""
+    if x.shape[2] == 1:
+        return x
+    red, green, blue = (x[:, :, i : i + 1] for i in range(3))
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def apply_grey(x: Tensor, chosen: Tensor) -> Tensor:
+    """Take the colour out of the chosen images.    Shapes: x [R, B, C, H, W] float, chosen [R, B] bool -> x."""
+    return torch.where(_per_image(chosen), greys(x), x)
+
+
+def grey(x: Tensor, rng: Rng, probability: float = 0.2) -> Tensor:
+    """Take the colour out of each image with the given probability.    Shapes: [R, B, C, H, W] -> same."""
+    return to_dtype(apply_grey(to_float(x), rng.chance(probability, x.shape[1])), x.dtype)
+
+
+def replay_views(x: Tensor, rng: Rng) -> Tensor:
+    """The replay papers' view: resized crop, flip, colour jitter (p 0.8), grey (p 0.2).    Shapes: [R, B, C, H, W] -> same.
+
+    Source: the released code of PCR (Lin et al. 2023, "PCR: Proxy-based Contrastive Replay for Online Class-Incremental
+    Continual Learning"). Departures: rounded to bytes once at the end, where the code rounds after each part.
+    """
+    batch, (height, width) = x.shape[1], x.shape[-2:]
+    out = apply_boxes(to_float(x), draw_boxes(rng, batch, height, width), mirrored=rng.chance(0.5, batch))
+    out = apply_jitter(out, draw_jitter(rng, batch))
+    return to_dtype(apply_grey(out, rng.chance(0.2, batch)), x.dtype)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """One value per image, ready to meet its pixels.    Shapes: [R, B] -> [R, B, 1, 1, 1]."""
+    return values[..., None, None, None]
+
+
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "shift": shift,
+    "crop": crop,
+    "flip": flip,
+    "erase": erase,
+    "resized_crop": resized_crop,
+    "jitter": jitter,
+    "grey": grey,
+    "replay": replay_views,
+}
+COLOURS = ("jitter", "grey", "replay")  # these need one or three channels
+
+
+NUMBERS = {  # what the number behind a name means
+    "shift": "pixels",
+    "crop": "pixels",
+    "erase": "pixels",
+    "flip": "probability",
+    "jitter": "probability",
+    "grey": "probability",
+    "resized_crop": "smallest area",
+}
 
 
 def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Callable[[Batch], Batch]:
     """The augmentations of these names, one after the other, as a function from batch to batch; none: the batch itself.
 
-    A name may carry its parameter: `shift:2`, `flip:0.3`.
+    A name may carry a number: pixels (`shift:2`, `crop:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `grey:0.1`), or
+    the smallest area as a share of the image (`resized_crop:0.3`).
 
-    Raises: UnknownName; BadConfig for a parameter that is no number, or for samples that are no images.
+    Raises: UnknownName; BadConfig for a number that is not allowed, or for samples that cannot be augmented so.
     """
-    steps = [_step(name, rng) for name in names]
-    if steps and len(fields["x"].shape) != 3:
-        raise BadConfig(f"augment is {list(names)}, but the stream's samples are no images; leave it out")
+    if not names:
+        return lambda batch: batch
+    shape = fields["x"].shape if "x" in fields else ()
+    steps = [_step(name, rng, shape) for name in names]
 
     def augment(batch: Batch) -> Batch:
         x = batch["x"]
@@ -74,21 +356,40 @@ def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Cal
             x = step(x)
         return {**batch, "x": x}
 
-    return augment if steps else lambda batch: batch
+    return augment
 
 
-def _step(full: str, rng: Rng) -> Callable[[Tensor], Tensor]:
+def _step(full: str, rng: Rng, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     name, colon, text = full.partition(":")
     if name not in AUGMENTATIONS:
         raise UnknownName("augmentation", name, AUGMENTATIONS, "cl-sim list augmentations")
-    if not colon:
-        return partial(AUGMENTATIONS[name], rng=rng)
+    if len(shape) != 3:
+        raise BadConfig(
+            f"augment has '{full}', which needs images, but the samples have shape {list(shape)}; leave it out"
+        )
+    if name in COLOURS and shape[0] not in (1, 3):
+        raise BadConfig(
+            f"augment has '{full}', which needs 1 or 3 channels, but the images have {shape[0]}; leave it out"
+        )
+    settings = _settings(name, text, min(shape[1:])) if colon else {}
+    return partial(AUGMENTATIONS[name], rng=rng, **settings)
+
+
+def _settings(name: str, text: str, side: int) -> dict[str, Any]:
+    """The settings that the number behind a name stands for."""
+    if name not in NUMBERS:
+        raise BadConfig(f"augment has '{name}:{text}', but '{name}' takes no number; type just {name}")
+    pixels = NUMBERS[name] == "pixels"
+    most = side if pixels else 1
     try:
         value = float(text)
     except ValueError:
-        raise BadConfig(f"augment has '{full}'; behind the colon comes a number, e.g. shift:4 or flip:0.5") from None
-    return partial(_with_value, AUGMENTATIONS[name], rng, value)
-
-
-def _with_value(function: Callable[..., Tensor], rng: Rng, value: float, x: Tensor) -> Tensor:
-    return function(x, rng, value)
+        value = -1.0
+    if not 0 <= value <= most or (pixels and value != int(value)):
+        kind = "a whole number" if pixels else "a number"
+        raise BadConfig(
+            f"augment has '{name}:{text}'; behind the colon comes the {NUMBERS[name]}, {kind} from 0 to {most}"
+        )
+    if pixels:
+        return {"pixels": int(value)}
+    return {"scale": (value, 1.0)} if name == "resized_crop" else {"probability": value}

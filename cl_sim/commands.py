@@ -373,4 +373,4 @@ def sync(runs: Sequence[str], folder: Path, uri: str) -> None:
 
     for run_dir in store.find_all(folder, runs):
         mlflow.sync(run_dir, uri)
-        console().print(f"{run_dir.name} is in {uri}")
+        console().print(f"{run_dir.name} is in {mlflow.address(uri)}")

@@ -271,8 +271,8 @@ def _read_classes(folder: Path, names: Sequence[str], size: int, progress: Progr
 
 def _read_npz(path: Path, name: str, size: int) -> DataSet:
     """Arrays x and y, or x_train, y_train, x_test, y_test."""
-    content = _opened(path, np.load)
-    keys = set(content.files)
+    content = _opened(path, _npz_arrays)
+    keys = set(content)
     if {"x_train", "y_train", "x_test", "y_test"} <= keys:
         parts = [_npz_part(content, f"x_{part}", f"y_{part}", path, size) for part in ("train", "test")]
         check_labels(parts[0].y, f"{path}, y_train")
@@ -283,6 +283,11 @@ def _read_npz(path: Path, name: str, size: int) -> DataSet:
         part = _npz_part(content, "x", "y", path, size)
         return _split(name, part.x, part.y, _numbered([part]))
     raise BadData(f"{path} has the arrays {sorted(keys)}; it needs x and y, or x_train, y_train, x_test and y_test")
+
+
+def _npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path) as content:
+        return dict(content)
 
 
 def _npz_part(content: Any, x_key: str, y_key: str, path: Path, size: int) -> Arrays:
@@ -307,7 +312,7 @@ def _read_csv(path: Path, name: str, option: str) -> DataSet:
     from pyarrow import csv
 
     table = _opened(path, lambda p: csv.read_csv(p))
-    if not _has_header(table.column_names):
+    if not option and not _has_header(table.column_names):
         table = _opened(path, lambda p: csv.read_csv(p, read_options=csv.ReadOptions(autogenerate_column_names=True)))
     label = option.removeprefix("label=") if option else table.column_names[-1]
     if label not in table.column_names:
@@ -324,12 +329,8 @@ def _read_csv(path: Path, name: str, option: str) -> DataSet:
 
 
 def _has_header(names: Sequence[str]) -> bool:
-    """A first line of numbers alone is data."""
-    try:
-        [float(name) for name in names]
-    except ValueError:
-        return True
-    return False
+    """A first line whose columns are all numbers, but for the last one, is data."""
+    return not all(_is_number(name) for name in names[:-1])
 
 
 def _check_numeric(column: Any, name: str, path: Path) -> None:

@@ -74,7 +74,7 @@ def test_no_augmentation_hands_the_batch_through() -> None:
 def test_wrong_words_are_refused_with_what_is_allowed() -> None:
     with pytest.raises(UnknownName, match="did you mean 'flip'"):
         augment.pipeline(("flop",), Rng([0], "t"), FIELDS)
-    with pytest.raises(BadConfig, match="comes a number"):
+    with pytest.raises(BadConfig, match="a number from 0 to 1"):
         augment.pipeline(("flip:often",), Rng([0], "t"), FIELDS)
-    with pytest.raises(BadConfig, match="no images"):
+    with pytest.raises(BadConfig, match="needs images"):
         augment.pipeline(("flip",), Rng([0], "t"), {"x": Field((9,), torch.float32)})
