@@ -17,8 +17,6 @@ from cl_sim.errors import ClSimError
 from cl_sim.tracking import mlflow as ours
 from cl_sim.tracking.journal import Journal, read
 
-# MLflow 3.17 uses a loader option that its SQLAlchemy deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning")
 
 SPLITS = 100
 
