@@ -17,7 +17,6 @@ from cl_sim.errors import ClSimError
 from cl_sim.tracking import mlflow as ours
 from cl_sim.tracking.journal import Journal, read
 
-
 SPLITS = 100
 
 
