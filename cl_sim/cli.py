@@ -167,15 +167,17 @@ def compare(runs: tuple[str, ...], form: str, metrics: tuple[str, ...], baseline
 
 @main.command(
     epilog=example(
-        "cl-sim report", "cl-sim report --add er-split-cifar10-1124-101500", "cl-sim report --folder results"
+        "cl-sim report",
+        "cl-sim report er-split-cifar10-1124-101500 --note 'JPEG copies'",
+        "cl-sim report --folder results",
     )
 )
+@click.argument("runs", nargs=-1)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
-@click.option("--add", "runs", multiple=True, metavar="RUN", help="First copy this run's numbers into the folder.")
 @click.option("--note", default="", help="A remark on the data, kept with the added runs.")
 @store_option
 def report(folder: Path, runs: tuple[str, ...], note: str, store: Path) -> None:
-    """Make the tables of results/README.md from results/<stream>/<strategy>.json."""
+    """Copy the numbers of RUNS into the results folder, then make the tables of its README.md."""
     from cl_sim import commands
 
     commands.report(folder, runs, note, store)

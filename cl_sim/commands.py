@@ -338,7 +338,7 @@ def report(folder: Path, runs: Sequence[str], note: str, run_folder: Path) -> No
 
     for run_dir in store.find_all(run_folder, runs):
         result = without_paths(tables.read(run_dir))
-        path = folder / result["stream"] / f"{result['strategy']}.json"
+        path = folder / result["stream"] / f"{tables.entry(result)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         store.write_json(path, {**result, **({"data_note": note} if note else {})})
         console().print(f"wrote {path}")

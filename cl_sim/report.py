@@ -20,6 +20,8 @@ USUAL = (
     "acc_aaa",
     "acc_incremental",
     "acc_worst_case",
+    "acc_first_task",
+    "acc_last_task",
     "forgetting_chaudhry",
     "acc_prequential",
     "samples_per_second",
@@ -28,7 +30,8 @@ USUAL = (
 TERMINAL = ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_prequential", "samples_per_second")  # fit into 80 columns
 SHARES = ("acc", "forgetting", "bwt", "fwt")  # metrics in [-1, 1], shown in percent
 LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "peak_bytes", "parameters")
-COSTS = ("samples_per_second", "step_ms", "memory_bytes", "peak_bytes", "parameters")  # never in bold
+COSTS = ("samples_per_second", "step_ms", "memory_bytes", "peak_bytes", "parameters")
+UNRANKED = (*COSTS, "acc_last_task")  # never in bold: no method is better for it alone
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,23 @@ def heading(metric: str) -> str:
     return metric.replace("_bytes", " MB") if metric.endswith("_bytes") else metric
 
 
+def capacity(result: Result) -> int:
+    """The size of the run's memory in samples; 0 for a strategy that has none."""
+    return int(result["config"].get("strategy", {}).get("capacity", 0))
+
+
+def entry(result: Result) -> str:
+    """How a result is filed and how a preset ends: the strategy, and the size of its memory if it has one."""
+    size = capacity(result)
+    return f"{result['strategy']}-m{size}" if size else str(result["strategy"])
+
+
 def label(result: Result, results: Sequence[Result]) -> str:
-    """The strategy's name, or the run's where a strategy comes twice."""
-    twice = sum(other["strategy"] == result["strategy"] for other in results) > 1
-    return str(result["name"] if twice else result["strategy"])
+    """The strategy's name, with its memory where memories differ, or the run's name where both come twice."""
+    if sum(entry(other) == entry(result) for other in results) > 1:
+        return str(result["name"])
+    sizes = {capacity(other) for other in results} - {0}
+    return entry(result) if len(sizes) > 1 else str(result["strategy"])
 
 
 def _best(results: Sequence[Result], metric: str) -> float:
@@ -138,7 +154,7 @@ def _best(results: Sequence[Result], metric: str) -> float:
         interval(result["metrics"].get(metric, [])).mean for result in results if result.get("role") != "upper bound"
     ]
     known = [mean for mean in means if not math.isnan(mean)]
-    if not known or metric in COSTS:
+    if not known or metric in UNRANKED:
         return math.nan
     return min(known) if metric.startswith(LOWER_IS_BETTER) else max(known)
 
@@ -262,15 +278,18 @@ def _print(title: str, rows: Sequence[Sequence[str]], console: Any) -> None:
 
 
 def tables_from_results(folder: Path) -> str:
-    """One document from results/<stream>/<strategy>.json, a table per stream.    Raises: ClSimError if there is none."""
+    """One document from results/<stream>/*.json, a table per stream and memory size.    Raises: ClSimError if there is none."""
     files = sorted(folder.glob("*/*.json"))
     if not files:
-        raise ClSimError(f"{folder} holds no <stream>/<strategy>.json; add a run with: cl-sim report --add RUN")
+        raise ClSimError(f"{folder} holds no <stream>/*.json; add a run with: cl-sim report RUN")
     text = "# Results\n\nMade by `cl-sim report` from the files beside it; mean ± 95 % interval over seeds (Student's t).\n"
     for stream in sorted({file.parent.name for file in files}):
         results = [read(file) for file in files if file.parent.name == stream]
-        results.sort(key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
-        text += f"\n## {stream}\n\n" + markdown(_with_paper(results, columns(results, ())))
+        for size in sorted({capacity(result) for result in results} - {0}) or [0]:
+            group = [result for result in results if capacity(result) in (0, size)]
+            group.sort(key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
+            title = f"{stream}, memory of {size} samples" if size else stream
+            text += f"\n## {title}\n\n" + markdown(_with_paper(group, columns(group, ())))
         for note in sorted({r["data_note"] for r in results if r.get("data_note")}):
             text += f"\nData: {note}\n"
         text += "\n" + "".join(_origin(result) for result in results)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -34,10 +34,22 @@ class Lift(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """Evaluate every run's net on its own inputs.    Shapes: each [R, ...] -> [R, ...]."""
+        return self._evaluate(self.net, *inputs)
+
+    def part(self, name: str) -> Callable[..., Any]:
+        """One child of the net, say its encoder, as a function lifted like the whole.    Shapes: each [R, ...] -> [R, ...]."""
+        return partial(self._evaluate, self.net.get_submodule(name))
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter of the net with the run axis in front.    Shapes: -> [R, *shape]."""
+        parameter = self.net.get_parameter(name)
+        return parameter[None] if self.runs == 1 else parameter
+
+    def _evaluate(self, net: nn.Module, *inputs: Tensor) -> Any:
         if self.runs == 1:
-            return tree_map(lambda out: out[None], self.net(*(_single(x) for x in inputs)))
-        state = dict(self.net.named_parameters()), dict(self.net.named_buffers())
-        return vmap(lambda held, args: functional_call(self.net, held, args))(state, inputs)
+            return tree_map(lambda out: out[None], net(*(_single(x) for x in inputs)))
+        state = dict(net.named_parameters()), dict(net.named_buffers())
+        return vmap(lambda held, args: functional_call(net, held, args))(state, inputs)
 
 
 def _single(x: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ WORKED = {
     "acc_aaa": (0.9 + 0.7 + 1.6 / 3) / 3,  # no evaluation between task ends: equal to acc_incremental
     "acc_auc": (100 * 0.9 + 100 * 0.7 + 100 * 1.6 / 3) / 300,
     "acc_learning": (0.9 + 0.8 + 0.7) / 3,
+    "acc_first_task": 0.5,
+    "acc_last_task": 0.7,
     "acc_worst_case": 0.7 / 3 + 2 / 3 * ((0.5 + 0.4) / 2),  # min(0.6, 0.5) and 0.4
     "forgetting_chaudhry": ((0.9 - 0.5) + (0.8 - 0.4)) / 2,
     "forgetting_framework": ((0.9 - 0.5) + (0.8 - 0.4) + 0) / 3,

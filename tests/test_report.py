@@ -166,5 +166,5 @@ def test_the_results_document_holds_every_file_and_its_origin(tmp_path: Path) ->
 
 
 def test_an_empty_results_folder_says_how_to_fill_it(tmp_path: Path) -> None:
-    with pytest.raises(ClSimError, match="report --add"):
+    with pytest.raises(ClSimError, match="report RUN"):
         report.tables_from_results(tmp_path)

@@ -159,10 +159,22 @@ def acc_learning(r: Record) -> float:
     return float(np.diagonal(matrix(r)).mean())
 
 
+def acc_first_task(r: Record) -> float:
+    """a[T-1, 0]: accuracy on the oldest task at the end of the stream."""
+    return float(matrix(r)[-1, 0])
+
+
+def acc_last_task(r: Record) -> float:
+    """a[T-1, T-1]: accuracy on the newest task at the end; far above `acc_first_task`, it shows recency bias."""
+    return float(matrix(r)[-1, -1])
+
+
 ANY_STREAM = {"acc_end": acc_end, "acc_incremental": acc_incremental, "acc_aaa": acc_aaa, "acc_auc": acc_auc}
 TASK_BY_TASK = {
     "acc_worst_case": acc_worst_case,
     "acc_learning": acc_learning,
+    "acc_first_task": acc_first_task,
+    "acc_last_task": acc_last_task,
     "forgetting_chaudhry": forgetting_chaudhry,
     "forgetting_framework": forgetting_framework,
     "bwt_gem": bwt_gem,

@@ -1,0 +1,95 @@
+"""Losses as pure functions of one run; `cl_sim.runs.per_run` lifts them to R runs.
+
+Shapes are static: classes that do not occur are counted as zero or masked, nothing is selected by its value, so the same
+code runs on a CPU, under vmap and inside a CUDA graph. N rows in a batch, A anchors, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_sim.encoders.classifier import unit
+
+Contrast = Literal["proxy", "one", "all"]
+
+
+def class_counts(labels: Tensor, classes: int) -> Tensor:
+    """Rows of each class.    Shapes: labels [N] -> [C] int64."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)
+
+
+def cosine_scores(features: Tensor, proxies: Tensor, tau: float) -> Tensor:
+    """Cosines between features and proxies over tau, 1e-6 added to each norm.    Shapes: [N, D], [C, D] -> [N, C]."""
+    return unit(features) @ unit(proxies).T / tau
+
+
+def proxy_contrast(features: Tensor, labels: Tensor, proxies: Tensor, tau: float, mode: Contrast = "proxy") -> Tensor:
+    """Contrast of each row with the proxies of the batch's labels, one proxy per row of the batch.
+
+    `proxy`: a softmax over the classes of the batch in which a class weighs as much as it has rows. `one`: rows are also
+    contrasted with the other rows; `all`: and proxies with all rows and with the other rows' proxies.
+
+    Shapes: features [N, D], labels [N], proxies [C, D] -> [].
+    Source: Lin et al. 2023, "PCR: Proxy-based Contrastive Replay for Online Class-Incremental Continual Learning"; the modes:
+    Lin et al. 2025, "HPCR: Holistic Proxy-based Contrastive Replay for Online Continual Learning", as released.
+    """
+    if mode == "proxy":
+        scores = cosine_scores(features, proxies, tau)  # [N, C]
+        rivals = class_counts(labels, len(proxies)).log()  # log n_c, -inf for a class that is not there
+        own = scores.gather(1, labels[:, None])[:, 0]
+        return ((scores + rivals).logsumexp(1) - own).mean()
+    elements = torch.cat([unit(features), unit(proxies)[labels]])  # [2N, D]
+    owners = torch.cat([labels, labels])
+    anchors = len(labels) if mode == "one" else len(owners)
+    return _contrast(elements, owners, anchors, tau).mean()
+
+
+def supcon(z: Tensor, y: Tensor, tau: float) -> Tensor:
+    """Supervised contrastive loss, averaged over the anchors that have a positive; 0 if none has.
+
+    Shapes: z [N, D] unit rows, y [N] -> [].
+    Source: Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2.
+    """
+    if len(y) < 2:
+        return z.sum() * 0
+    paired = ((y[:, None] == y).sum(1) > 1).to(z.dtype)  # [N]
+    per_anchor = _contrast(z, y, len(y), tau)
+    return (per_anchor * paired).sum() / paired.sum().clamp(min=1)
+
+
+def _contrast(elements: Tensor, labels: Tensor, anchors: int, tau: float) -> Tensor:
+    """Minus the mean log-share of the positives of the first elements, each left out of its own set; 0 without positives.
+
+    Shapes: elements [E, D], labels [E] -> [anchors].
+    """
+    itself = torch.eye(anchors, len(labels), dtype=torch.bool, device=labels.device)
+    log_share = (elements[:anchors] @ elements.T / tau).masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = (labels[:anchors, None] == labels) & ~itself
+    return -log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+
+
+def proxy_distill(scores: Tensor, stored: Tensor, columns: Tensor) -> Tensor:
+    """Mean squared gap between scores now and as stored, over the classes in `columns`, repeated as often as they are there.
+
+    Shapes: scores and stored [A, C], columns [N] class numbers -> [].
+    Source: Lin et al. 2025, "HPCR", proxy-based distillation, as released.
+    """
+    weights = class_counts(columns, scores.shape[1]).to(scores.dtype)
+    return ((scores - stored).square() * weights).sum() / (len(scores) * len(columns))
+
+
+def sample_distill(features: Tensor, stored: Tensor, tau: float) -> Tensor:
+    """Cross-entropy between each row's similarities to the other rows now and as stored; 0 for a single row.
+
+    Shapes: features and stored [A, D] -> [].
+    Source: Lin et al. 2025, "HPCR", sample-based distillation, as released.
+    """
+    if len(features) < 2:
+        return features.sum() * 0
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    now, then = (unit(rows) @ unit(rows).T / tau for rows in (features, stored))
+    log_now = now.masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
+    return -(then.masked_fill(itself, -torch.inf).softmax(1) * log_now).sum(1).mean()
