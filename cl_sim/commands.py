@@ -121,9 +121,12 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     encoder = dict(settings.get("encoder", {}))
     if options["encoder_frozen"]:
         encoder["frozen"] = True
-    if not encoder.get("name"):
+    views = registry.load("strategy", settings["strategy"]["name"]).views if "strategy" in settings else ()
+    if not encoder.get("name") or (views and "augment" not in settings):
         probe = config.from_dict({**settings, "encoder": {"name": "mlp"}, "stack": 1})
-        encoder["name"] = encoders.default(session.build_stream(probe, probe.seeds[:1]).fields["x"])
+        samples = session.build_stream(probe, probe.seeds[:1]).fields["x"]
+        encoder["name"] = encoder.get("name") or encoders.default(samples)
+        settings.setdefault("augment", list(views) if len(samples.shape) == 3 else [])
     settings["encoder"] = encoder
     count = len(settings.get("seeds", (0,)))
     small = encoder["name"] == "mlp"

@@ -1,10 +1,42 @@
-"""What optimisers need beside torch's own."""
+"""What optimisers and teachers need beside torch's own."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_sim.runs import Lift
 
 
 def trainable(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn: all but those of a frozen encoder."""
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+class Previous(nn.Module):
+    """A net as it was when last told so, in evaluation mode and without gradients: the teacher of distillation.
+
+    It starts as a copy of the net. Its weights are part of the strategy's state.
+    """
+
+    def __init__(self, net: Lift) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Previous:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, net: Lift) -> None:
+        """Become a copy of the net, in place."""
+        for mine, other in zip(self.net.state_dict().values(), net.state_dict().values(), strict=True):
+            mine.copy_(other)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the net answered then.    Shapes: each [R, ...] -> [R, ...]."""
+        return self.net(*inputs)

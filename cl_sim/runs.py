@@ -6,7 +6,7 @@ Networks and losses are written for one run, as in a paper; here they are lifted
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -44,6 +44,16 @@ class Lift(nn.Module):
         """A parameter of the net with the run axis in front.    Shapes: -> [R, *shape]."""
         parameter = self.net.get_parameter(name)
         return parameter[None] if self.runs == 1 else parameter
+
+    def with_parameters(self, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """The net as it would be with other values of some parameters; its own parameters and buffers stay as they are."""
+        net = self.net
+        state = {**dict(net.named_parameters()), **values}, {name: kept.clone() for name, kept in net.named_buffers()}
+        if self.runs > 1:
+            return lambda *inputs: vmap(lambda held, args: functional_call(net, held, args))(state, inputs)
+        return lambda *inputs: tree_map(
+            lambda out: out[None], functional_call(net, state, tuple(_single(x) for x in inputs))
+        )
 
     def _evaluate(self, net: nn.Module, *inputs: Tensor) -> Any:
         if self.runs == 1:

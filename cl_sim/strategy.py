@@ -59,6 +59,7 @@ class Strategy(nn.Module):
     Config: ClassVar[type]
     tasks: ClassVar[frozenset[str]]
     iid: ClassVar[bool] = False  # True: wants the stream's samples in one shuffled order (an upper reference)
+    views: ClassVar[tuple[str, ...]] = ()  # augmentations of images unless the user names others: part of the method
     role: ClassVar[str] = "strategy"  # or "lower bound", "upper bound": how tables and the MLflow tag call it
 
     def __init__(self, cfg: Any, env: Env) -> None:

@@ -10,16 +10,15 @@ single pass over both, with one mean loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from cl_sim.config import at_least
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
+from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
@@ -28,17 +27,10 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ERConfig:
+class ERConfig(ReplayConfig):
     """Settings of experience replay."""
 
-    capacity: int = 1000  # samples kept per run
-    replay: int = 10  # samples recalled per step
-    lr: float = 0.1  # learning rate of SGD
     joint_pass: bool = False  # one forward pass over new and old together
-    rule: Literal["vitter", "frozen"] = "vitter"  # the reservoir's rule
-
-    def __post_init__(self) -> None:
-        at_least(self, capacity=1, replay=1, lr=0)
 
 
 class ER(Strategy):
@@ -50,32 +42,39 @@ class ER(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
+        self.tricks = Tricks(cfg, env)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
     def steady(self) -> bool:
         """True once every step recalls the same number of samples."""
-        return len(self.memory) >= min(int(self.cfg.replay), self.memory.capacity)
+        return self.memory.holds(self.cfg.replay)
 
     def observe(self, new: Batch) -> Logs:
         """One gradient step on the new batch and what the memory recalls; then remember the new batch."""
-        old = self.memory.sample(self.cfg.replay)  # B_M ~ M
-        if self.cfg.joint_pass:
-            loss = self.loss(join(new, old))
-        else:
-            loss = self.loss(new)
-            if len(self.memory):
-                loss = loss + self.loss(old)
-        self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
+        for _ in range(self.cfg.replay_steps):
+            loss = self.joint_loss(new, self.memory.sample(self.cfg.replay))  # B_M ~ M
+            self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
         self.memory.add(new)  # M <- update(M, B_n)
+        self.tricks.note(new)
         return {"loss": loss}
+
+    def joint_loss(self, new: Batch, old: Batch) -> Tensor:
+        """The loss of both batches, in one pass or in two.    Shapes: -> [R]."""
+        if self.cfg.joint_pass:
+            return self.loss(join(new, old))
+        return self.loss(new) + self.loss(old) if len(self.memory) else self.loss(new)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of one forward pass.    Shapes: -> [R]."""
         view = self.env.augment(batch)
         return cross_entropy(self.net(view["x"]), view["y"])
 
+    def boundary(self) -> None:
+        """Review the memory, if that is asked for."""
+        for old in self.tricks.review(self.memory):
+            self.descend(REVIEW * self.loss(old), self.sgd)
+
     def predict(self, batch: Batch) -> Tensor:
         """Class scores.    Shapes: -> [R, B, C]."""
-        logits: Tensor = self.net(batch["x"])
-        return logits
+        return self.tricks.scores(self.net, self.memory, batch["x"])

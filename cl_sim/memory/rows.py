@@ -6,7 +6,7 @@ A memory differs from another only in its rule for who leaves: subclasses write 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class Rows(nn.Module):
         """Rows filled, the same for every run."""
         return min(self.offered, self.capacity)
 
+    def holds(self, n: int) -> bool:
+        """Has a draw of n the size that it will have for ever?"""
+        return len(self) >= min(n, self.capacity)
+
     @property
     def bytes_per_row(self) -> int:
         """What one row costs."""
@@ -100,6 +104,12 @@ class Rows(nn.Module):
         if only is not None or exclude is not None:
             drawn["valid"] = allowed.gather(1, slot)
         return drawn
+
+    def epoch(self, n: int) -> Iterator[Batch]:
+        """Every filled row once, in random order, n at a time.    Shapes: each field [R, n or fewer, *shape]."""
+        order = self.rng.choose(len(self), self.valid())
+        for slot in torch.split(order, n, 1):
+            yield {name: self.row(name)[self.run, slot] for name in self.fields}
 
     def _in_classes(self, mask: Tensor) -> Tensor:
         labels = self.row("y")[:, : self.capacity]

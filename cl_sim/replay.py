@@ -1,0 +1,150 @@
+"""What the replay strategies share: their common settings, and the tricks that go with any of them.
+
+Source: Mai et al. 2022, "Online Continual Learning in Image Classification: An Empirical Survey" (multiple iterations, review
+trick, nearest class mean); Rebuffi et al. 2017, "iCaRL" (nearest mean of exemplars).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_sim.config import at_least
+from cl_sim.encoders.classifier import unit
+from cl_sim.errors import BadConfig
+from cl_sim.memory.rows import Rows
+from cl_sim.runs import Lift
+from cl_sim.strategy import Env
+from cl_sim.types import Batch
+
+CHUNK = 250  # memory rows encoded at a time for the class means
+REVIEW = 0.1  # how much smaller the gradients of a review are: the survey's tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Settings of every strategy that replays from a reservoir."""
+
+    capacity: int = 1000  # samples kept per run
+    replay: int = 10  # samples recalled per update
+    lr: float = 0.1  # learning rate of SGD
+    rule: Literal["vitter", "frozen"] = "vitter"  # the reservoir's rule
+    replay_steps: int = 1  # updates per batch, each with newly recalled samples
+    readout: Literal["head", "class_mean"] = "head"  # answer by the head, or by the nearest class mean of the memory
+    review: Literal["never", "last", "each"] = "never"  # learn the memory once more after the last task, or after each
+    mask_unseen: bool = False  # never answer a class that has not come yet
+
+    def __post_init__(self) -> None:
+        at_least(self, capacity=1, replay=1, lr=0, replay_steps=1)
+
+
+class Tricks(nn.Module):
+    """Read-out and review of one replay strategy, whose net has the parts `encoder` and `head`.
+
+    Raises: BadConfig for a review that nothing would announce.
+    """
+
+    seen: Tensor  # [R, C] bool
+
+    def __init__(self, cfg: ReplayConfig, env: Env) -> None:
+        super().__init__()
+        if cfg.review != "never" and not env.announces:
+            raise BadConfig(
+                f"strategy.review is '{cfg.review}', but this stream announces no task boundaries; "
+                "use --set strategy.review=never or --set stream.announces=true"
+            )
+        self.cfg, self.samples = cfg, env.samples
+        self.classes = torch.arange(env.classes, device=env.device)
+        self.register_buffer("seen", torch.zeros(env.runs, env.classes, dtype=torch.bool, device=env.device))
+        self.means = ClassMeans(env.classes)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Which classes the batch has.    Shapes: -> [R, C] bool."""
+        return (batch["y"][..., None] == self.classes).any(1)
+
+    def note(self, new: Batch) -> None:
+        """Remember which classes have come."""
+        self.seen |= self.present(new)
+
+    def scores(self, net: Lift, memory: Rows, x: Tensor) -> Tensor:
+        """The answer of the net, or of the class means.    Shapes: x [R, B, ...] -> [R, B, C]."""
+        if self.cfg.readout == "class_mean":
+            return self.means.scores(net.part("encoder"), memory, x)
+        scores: Tensor = net(x)
+        return self.masked(scores) if self.cfg.mask_unseen else scores
+
+    def masked(self, scores: Tensor) -> Tensor:
+        """Minus infinity for classes not yet seen; as it is before any was.    Shapes: [R, B, C] -> same."""
+        known = self.seen | ~self.seen.any(1, keepdim=True)
+        return scores.masked_fill(~known[:, None], -torch.inf)
+
+    def review(self, memory: Rows) -> Iterator[Batch]:
+        """At a boundary: the whole memory in random order, if a review is due."""
+        last = memory.offered >= self.samples
+        if self.cfg.review == "each" or (self.cfg.review == "last" and last):
+            yield from memory.epoch(self.cfg.replay)
+
+
+class Onset(nn.Module):
+    """0 until the second task begins, then 1, on the device: the weight of what needs an older task to speak of.
+
+    Where no boundary is announced, 1 comes after so many steps (ours).    Shapes: weight [].
+    """
+
+    weight: Tensor
+    step: Tensor
+
+    def __init__(self, env: Env, after: int) -> None:
+        super().__init__()
+        self.after, self.announced = after, env.announces
+        self.register_buffer("weight", torch.zeros((), device=env.device))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=env.device))
+
+    def tick(self) -> None:
+        """A step has been made."""
+        self.step += 1
+        if not self.announced:
+            self.weight.copy_(self.step >= self.after)
+
+    def boundary(self) -> None:
+        """A task has ended."""
+        self.weight.fill_(1)
+
+
+class ClassMeans(nn.Module):
+    """Nearest-class-mean scores. The means are kept until the mode is set again, which the engine does around predictions.
+
+    Per class the mean of the unit features of its rows, made unit again; the score is the cosine to it, which ranks classes
+    like the Euclidean distance. A class without rows scores minus infinity (the code line answers a random direction).
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> ClassMeans:
+        """Forget the means: the weights or the memory may have changed."""
+        self.kept = None
+        return super().train(mode)
+
+    def scores(self, encode: Callable[[Tensor], Tensor], memory: Rows, x: Tensor) -> Tensor:
+        """Cosines to the class means; zeros while the memory is empty.    Shapes: x [R, B, ...] -> [R, B, C]."""
+        if not len(memory):
+            return torch.zeros(*x.shape[:2], self.classes, device=x.device)
+        if self.kept is None or self.training:
+            self.kept = self._means(encode, memory)
+        means, known = self.kept
+        return (unit(encode(x)) @ means.mT).masked_fill(~known[:, None], -torch.inf)
+
+    def _means(self, encode: Callable[[Tensor], Tensor], memory: Rows) -> tuple[Tensor, Tensor]:
+        """Shapes: -> [R, C, D], [R, C] bool."""
+        rows = memory.rows()
+        x, y = (rows[name][:, : len(memory)] for name in ("x", "y"))
+        features = torch.cat([unit(encode(part)) for part in torch.split(x, CHUNK, 1)], 1)  # [R, M, D]
+        member = y[..., None] == torch.arange(self.classes, device=y.device)  # [R, M, C]
+        return unit(member.to(features.dtype).mT @ features), member.any(1)

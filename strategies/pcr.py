@@ -1,0 +1,96 @@
+"""PCR: proxy-based contrastive replay. Samples are contrasted with the proxies of the classes in the joint batch.
+
+Source: Lin et al. 2023, "PCR: Proxy-based Contrastive Replay for Online Class-Incremental Continual Learning", and its code.
+Symbols: (x, y) -> new, (x_m, y_m) -> old, f -> fresh["f"], f_m -> recalled["f"], W -> proxies.
+Departures: none from the released code, whose later form masks unseen classes when answering (`mask_unseen=false`: the
+first form); its own reservoir rule is the default (`rule=vitter`: the textbook's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from cl_sim.config import at_least
+from cl_sim.encoders.classifier import CosineClassifier
+from cl_sim.losses import proxy_contrast
+from cl_sim.memory.reservoir import Reservoir
+from cl_sim.optim import trainable
+from cl_sim.replay import REVIEW, ReplayConfig, Tricks
+from cl_sim.runs import join, per_run
+from cl_sim.strategy import Env, Strategy
+from cl_sim.types import Batch, Logs
+
+contrast = per_run(proxy_contrast)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PCRConfig(ReplayConfig):
+    """Settings of PCR."""
+
+    tau: float = 0.09  # temperature of the cosines
+    mask_unseen: bool = True  # never answer a class that has not come yet
+    rule: Literal["vitter", "frozen"] = "frozen"  # the reservoir's rule
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, tau=1e-6)
+
+
+class PCR(Strategy):
+    """Replay with a contrast between samples and proxies."""
+
+    Config, tasks = PCRConfig, frozenset({"classify"})
+    views = ("replay",)
+
+    def __init__(self, cfg: PCRConfig, env: Env) -> None:
+        super().__init__(cfg, env)
+        self.net = env.lift(lambda: CosineClassifier(env.encoder(), env.classes, 1 / cfg.tau))
+        self.encode = self.net.part("encoder")
+        self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
+        self.tricks = Tricks(cfg, env)
+        self.sgd = SGD(trainable(self.net), lr=cfg.lr)
+
+    @property
+    def steady(self) -> bool:
+        """True once every step recalls the same number of samples."""
+        return self.memory.holds(self.cfg.replay)
+
+    def observe(self, new: Batch) -> Logs:
+        """One gradient step on both views of the new and the recalled samples; then remember the new ones.
+
+        The very first batch meets an empty memory: it moves the BatchNorm statistics and no weight, as in the authors' code.
+        """
+        views = join(new, self.env.augment(new))  # [R, 2B], the raw image first
+        loss = torch.zeros(self.env.runs, device=self.env.device)
+        for _ in range(self.cfg.replay_steps):
+            fresh = self.features(views)  # a pass of its own: the new samples' BatchNorm statistics
+            old = self.memory.sample(self.cfg.replay)
+            if len(self.memory):
+                recalled = self.features(join(old, self.env.augment(old)))  # [R, 2M']
+                loss = self.loss(join(recalled, fresh))
+                self.descend(loss, self.sgd)
+        self.memory.add(new)
+        self.tricks.note(new)
+        return {"loss": loss}
+
+    def features(self, views: Batch) -> Batch:
+        """Labels and encoder features f of every view.    Shapes: -> y [R, N], f [R, N, D]."""
+        return {"y": views["y"], "f": self.encode(views["x"])}
+
+    def loss(self, both: Batch) -> Tensor:
+        """The contrast of every row with the proxies of the batch.    Shapes: -> [R]."""
+        return contrast(both["f"], both["y"], self.net.weight("head.weight"), tau=self.cfg.tau)
+
+    def boundary(self) -> None:
+        """Review the memory, if that is asked for."""
+        for old in self.tricks.review(self.memory):
+            self.descend(REVIEW * self.loss(self.features(join(old, self.env.augment(old)))), self.sgd)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Scaled cosines to the proxies.    Shapes: -> [R, B, C]."""
+        return self.tricks.scores(self.net, self.memory, batch["x"])
