@@ -26,11 +26,12 @@ USUAL = (
     "acc_prequential",
     "samples_per_second",
     "memory_bytes",
+    "bytes_per_row",
 )
 TERMINAL = ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_prequential", "samples_per_second")  # fit into 80 columns
 SHARES = ("acc", "forgetting", "bwt", "fwt")  # metrics in [-1, 1], shown in percent
-LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "peak_bytes", "parameters")
-COSTS = ("samples_per_second", "step_ms", "memory_bytes", "peak_bytes", "parameters")
+LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
+COSTS = ("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 UNRANKED = (*COSTS, "acc_last_task")  # never in bold: no method is better for it alone
 
 

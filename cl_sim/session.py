@@ -156,16 +156,17 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     costs = {
         "samples_per_second": stream.batch_size / seconds,
         "step_ms": 1000 * seconds,
-        "memory_bytes": memory_bytes(strategy),
+        "memory_bytes": sum(rows.nbytes for rows in memories(strategy)),
+        "bytes_per_row": sum(rows.bytes_per_row for rows in memories(strategy)),
         "parameters": sum(p.numel() for p in strategy.parameters()) // runs,
         "peak_bytes": peak_bytes(strategy.env.device),
     }
     return values | {key: np.full(runs, float(value)) for key, value in costs.items()}
 
 
-def memory_bytes(strategy: nn.Module) -> int:
-    """Bytes that the memories' rows take, per run."""
-    return sum(module.nbytes for module in strategy.modules() if isinstance(module, Rows))
+def memories(strategy: nn.Module) -> list[Rows]:
+    """The memories whose rows a strategy pays for."""
+    return [module for module in strategy.modules() if isinstance(module, Rows)]
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -71,6 +71,7 @@ def test_a_run_of_two_strategies_leaves_results_that_compare(here: Path) -> None
     for key in ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_prequential", "samples_per_second", "memory_bytes"):
         assert len(outcome["metrics"][key]) == 3
     assert outcome["metrics"]["memory_bytes"][0] == 1000 * (3 * 8 * 8 + 8 + 8)
+    assert outcome["metrics"]["bytes_per_row"][0] == 3 * 8 * 8 + 8 + 8
     for form in ("text", "markdown", "csv", "latex"):
         text = cl_sim("compare", runs[0].name, runs[1].name, "--format", form).output
         assert "acc" in text

@@ -206,3 +206,9 @@ def test_unseen_classes_are_never_answered_unless_asked_for() -> None:
     assert bool((answer[..., 2:] == -torch.inf).all())
     assert bool(free.strategy.predict(batch).isfinite().all())
     assert torch.equal(answer[..., :2], free.strategy.predict(batch)[..., :2])
+
+
+def test_the_price_of_a_row_counts_the_stored_answers_and_features() -> None:
+    pcr, hpcr = toy("pcr", (0,)).strategy.memory, toy("hpcr", (0,)).strategy.memory
+    assert pcr.bytes_per_row == 3 * 8 * 8 + 8 + 8  # image, label, index
+    assert hpcr.bytes_per_row == pcr.bytes_per_row + 4 * (4 + 32)  # 4 classes, 32 features
