@@ -38,9 +38,7 @@ def proxy_contrast(features: Tensor, labels: Tensor, proxies: Tensor, tau: float
     """
     if mode == "proxy":
         scores = cosine_scores(features, proxies, tau)  # [N, C]
-        rivals = (
-            class_counts(labels, len(proxies)).to(scores.dtype).log()
-        )  # log n_c, -inf for a class that is not there
+        rivals = class_counts(labels, len(proxies)).to(scores.dtype).log()  # log n_c; -inf: not there
         own = scores.gather(1, labels[:, None])[:, 0]
         return ((scores + rivals).logsumexp(1) - own).mean()
     elements = torch.cat([unit(features), unit(proxies)[labels]])  # [2N, D]
