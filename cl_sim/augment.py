@@ -304,7 +304,7 @@ def replay_views(x: Tensor, rng: Rng) -> Tensor:
     """
     batch, (height, width) = x.shape[1], x.shape[-2:]
     out = apply_boxes(to_float(x), draw_boxes(rng, batch, height, width), mirrored=rng.chance(0.5, batch))
-    out = apply_jitter(out, draw_jitter(rng, batch))
+    out = apply_jitter(out.clamp_(0, 1), draw_jitter(rng, batch))  # bilinear weights may sum to 1 + 1e-7
     return to_dtype(apply_grey(out, rng.chance(0.2, batch)), x.dtype)
 
 

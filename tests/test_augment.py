@@ -78,3 +78,14 @@ def test_wrong_words_are_refused_with_what_is_allowed() -> None:
         augment.pipeline(("flip:often",), Rng([0], "t"), FIELDS)
     with pytest.raises(BadConfig, match="needs images"):
         augment.pipeline(("flip",), Rng([0], "t"), {"x": Field((9,), torch.float32)})
+
+
+def test_floats_stay_floats_between_0_and_1() -> None:
+    for side in (7, 32):  # at 7 pixels the bilinear weights may sum to more than 1
+        x = (torch.rand(4, 400, 3, side, side, generator=torch.Generator().manual_seed(0)) * 3 - 1).clamp(0, 1)
+        x[:, :100] = x[:, :100].round()
+        x[:, :300] = 1
+        views = augment.replay_views(x, Rng(range(4), "t"))
+        assert views.dtype == torch.float32
+        assert float(views.min()) >= 0
+        assert float(views.max()) <= 1
