@@ -16,6 +16,12 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 KINDS = ("strategies", "streams", "encoders", "memories", "data", "augmentations", "presets", "runs")
 
 
+class Mistake(click.ClickException):
+    """A user's mistake where exit status 1 already means something else."""
+
+    exit_code = 2
+
+
 class Group(click.Group):
     """A command group that prints a user's mistake as one line and suggests the nearest command."""
 
@@ -181,6 +187,56 @@ def report(folder: Path, runs: tuple[str, ...], note: str, store: Path) -> None:
     from cl_sim import commands
 
     commands.report(folder, runs, note, store)
+
+
+VERDICTS = """\b
+Verdicts:
+  identical    every new seed is among the stored ones, and no seed's number differs
+  agrees       the same, but numbers differ: the 95 % interval of the paired differences contains 0;
+               with other seeds: |difference| <= sqrt(half1^2 + half2^2) of the two 95 % intervals
+  differs      the difference is larger
+  cannot tell  an interval is needed, but one seed gives none
+
+"""
+
+
+@main.command(
+    epilog=VERDICTS
+    + example(
+        "cl-sim reproduce er-cifar10-m500",
+        "cl-sim reproduce er-cifar10-m500 finetune-cifar10 --data ~/data",
+        "cl-sim reproduce er-cifar10-m500 --seeds 0,1 --workers 2",
+    )
+)
+@click.argument("names", nargs=-1, required=True, metavar="PRESET...")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder that holds the stored results.",
+)
+@click.option("--seeds", default="", help="One run each, e.g. 0-4 or 0,3,7.  [default: the stored ones]")
+@click.option("--device", default="", help="auto, cpu, cuda or cuda:N.  [default: the stored one]")
+@data_option
+@click.option("--workers", type=click.IntRange(1), help="Processes at a time.  [default: cores on a CPU, 1 on a GPU]")
+@store_option
+@uri_option
+def reproduce(names: tuple[str, ...], folder: Path, **options: Any) -> None:
+    """Rerun presets and say whether they give the numbers stored in the results folder.
+
+    A preset runs as it is now, with the seeds, device, stacking and threads of the stored result; what else has changed
+    since is listed first. Then acc_end, acc_aaa and forgetting_chaudhry are compared.
+
+    Exit status: 0 if every number is identical or agrees, 1 if not (or if a run failed), 2 for a mistake in the command.
+    """
+    from cl_sim import commands
+
+    try:
+        status = commands.reproduce(names, folder, options)
+    except ClSimError as error:
+        raise Mistake(str(error)) from None
+    raise SystemExit(status)
 
 
 @main.command(epilog=example("cl-sim ui", "cl-sim ui --port 5001"))

@@ -377,3 +377,77 @@ def sync(runs: Sequence[str], folder: Path, uri: str) -> None:
     for run_dir in store.find_all(folder, runs):
         mlflow.sync(run_dir, uri)
         console().print(f"{run_dir.name} is in {mlflow.address(uri)}")
+
+
+def reproduce(names: Sequence[str], folder: Path, options: Mapping[str, Any]) -> int:
+    """Rerun presets as their stored results were run, and say whether the numbers agree; returns the exit status."""
+    from cl_sim import reproduce as repeats
+
+    out = console()
+    keys = {name: _filed_as(name) for name in dict.fromkeys([*names, *preset.names()])}
+    stored = {name: repeats.stored_result(name, folder, keys) for name in dict.fromkeys(names)}
+    made = {name: _as_stored(name, result, options) for name, result in stored.items()}
+    streams = {name: _checked(config) for name, config in made.items()}
+    for name, result in stored.items():
+        facts = {"data_digest": streams[name].digest, "torch": store.versions()["torch"], "machine": store.machine()}
+        changes = repeats.changed(result, made[name], facts)
+        if changes:
+            out.print(f"{name}: numbers may differ, since stored: {'; '.join(changes)}", soft_wrap=True, markup=False)
+    comparison = uuid4().hex[:8]
+    run_dirs = {
+        name: store.create(options["store"], config, _facts(config, streams[name], comparison))
+        for name, config in made.items()
+    }
+    _say_where(out, list(run_dirs.values()))
+    status = _train(list(run_dirs.values()), options["workers"], options["tracking_uri"], out)
+    agree = True
+    for name, run_dir in run_dirs.items():
+        if store.status(run_dir) == "finished":
+            agree &= _show_verdicts(name, stored[name], run_dir, out)
+    return status or (0 if agree else 1)
+
+
+def _filed_as(name: str) -> tuple[str, str]:
+    """The stream and the entry under which a preset's result is filed."""
+    from cl_sim import report as tables
+
+    made = config.from_dict(config.merge({"encoder": {"name": "mlp"}}, preset.read(name)))
+    return stream_name(made), tables.entry({"strategy": made.strategy.name, "config": made.to_dict()})
+
+
+def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any]) -> RunConfig:
+    """The preset as it is now, with what a command decides as it was then: seeds, device, stacking, threads."""
+    before = result["config"]
+    words = {
+        "preset": name,
+        "file": None,
+        "sets": [f"threads={before['threads']}"],  # more threads may change the last bit of a sum
+        "seeds": options["seeds"] or ",".join(str(seed) for seed in result["seeds"]),
+        "device": options["device"] or before["device"],
+        "data": options["data"],
+        "stack": before["stack"],
+        "encoder_frozen": False,
+    }
+    return configurations((), words)[0]
+
+
+def _show_verdicts(name: str, stored: Mapping[str, Any], run_dir: Path, out: Console) -> bool:
+    """Print the comparison of one preset; True if every number agrees."""
+    from rich.box import SIMPLE_HEAD
+
+    from cl_sim import report as tables
+    from cl_sim import reproduce as repeats
+    from cl_sim.launch import seeds_in_words
+
+    new = tables.read(run_dir)
+    found = repeats.verdicts(dict(stored), new)
+    head, *body = repeats.table(found)
+    seeds = f"stored {seeds_in_words(stored['seeds'])}, new {seeds_in_words(new['seeds'])}"
+    title = f"{name}, in percent: mean ± 95 % interval; {seeds}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for number, title in enumerate(head):
+        table.add_column(title, justify="right" if 0 < number < len(head) - 1 else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    out.print(table)
+    return all(verdict.agrees for verdict in found.values())

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cl_sim import augment
@@ -17,8 +22,9 @@ from cl_sim.types import Field
 FIELDS = {"x": Field((3, 6, 5), torch.uint8), "y": Field((), torch.int64)}
 
 
-def pictures(runs: int, batch: int) -> Tensor:
-    return torch.randint(1, 256, (runs, batch, 3, 6, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+def pictures(runs: int, batch: int, channels: int = 3, height: int = 6, width: int = 5) -> Tensor:
+    shape = (runs, batch, channels, height, width)
+    return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
 def test_shift_equals_cropping_each_padded_image() -> None:
@@ -54,7 +60,9 @@ def test_erase_blackens_one_square_and_nothing_else() -> None:
                     assert torch.equal(erased[run, item, :, row, column], expected)
 
 
-@pytest.mark.parametrize("names", [("shift", "flip"), ("erase:3", "flip:0.2"), ()])
+@pytest.mark.parametrize(
+    "names", [("shift", "flip"), ("erase:3", "flip:0.2"), ("resized_crop", "jitter", "grey"), ("replay",), ()]
+)
 def test_a_run_sees_the_same_views_alone_and_stacked_without_host_reads(names: tuple[str, ...]) -> None:
     x = pictures(3, 8)
     stacked = augment.pipeline(names, Rng([4, 5, 6], "t"), FIELDS)
@@ -78,3 +86,279 @@ def test_wrong_words_are_refused_with_what_is_allowed() -> None:
         augment.pipeline(("flip:often",), Rng([0], "t"), FIELDS)
     with pytest.raises(BadConfig, match="needs images"):
         augment.pipeline(("flip",), Rng([0], "t"), {"x": Field((9,), torch.float32)})
+
+
+# Parity with torchvision, on the same draws. Bytes are compared in units of 1/255.
+
+
+def one_by_one(change: Callable[[Tensor, int, int], Tensor], x: Tensor) -> Tensor:
+    """The images changed one after the other: the slow twin of a batched augmentation.    Shapes: [R, B, ...] -> same."""
+    runs, batch = x.shape[:2]
+    return torch.stack([torch.stack([change(x[r, b], r, b) for b in range(batch)]) for r in range(runs)])
+
+
+def difficult_pictures(runs: int, batch: int) -> Tensor:
+    """Noise with columns of grey, of pure colours, of two equal channels, and of greys with one byte of colour."""
+    x = pictures(runs, batch, height=9, width=8)
+    x[..., 0] = x[:, :, :1, :, 0]
+    x[..., 1] = (x[..., 1] > 127) * 255
+    for column, (one, two) in enumerate([(0, 1), (1, 2), (0, 2)], start=2):
+        x[:, :, one, :, column] = x[:, :, two, :, column]
+    x[..., 5] = x[:, :, :1, :, 5]
+    x[:, :, 1, :, 5] -= 1
+    return x
+
+
+def adjust(image: Tensor, kind: int, factor: float) -> Tensor:
+    """One of torchvision's four colour changes, by its number in `Jitter.order`."""
+    from torchvision.transforms import functional
+
+    changes = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    changed: Tensor = getattr(functional, changes[kind])(image, factor)
+    return changed
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize("size", [(32, 32), (84, 84), (17, 40)], ids=str)
+def test_boxes_equal_torchvisions_resized_crop(size: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
+    from torchvision.transforms import functional
+
+    x = augment.to_float(pictures(2, 30, 3, *size)).to(dtype)
+    rng = Rng([0, 1], "t")
+    boxes, mirrored = augment.draw_boxes(rng, 30, *size), rng.chance(0.5, 30)
+
+    def slow(image: Tensor, run: int, item: int) -> Tensor:
+        cut: Tensor = functional.resized_crop(image, *boxes[run, item].tolist(), list(size))
+        return functional.hflip(cut) if mirrored[run, item] else cut
+
+    worst = (augment.apply_boxes(x, boxes, mirrored) - one_by_one(slow, x)).abs().max()
+    assert worst < tolerance  # measured: 2e-14 and 7e-6, at 84 pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_jitter_equals_torchvisions_changes_in_the_drawn_order(order: tuple[int, ...], channels: int) -> None:
+    x = augment.to_float(difficult_pictures(2, 20)[:, :, :channels])
+    drawn = augment.draw_jitter(Rng([0, 1], "t"), 20)._replace(order=torch.tensor(order).expand(2, 20, 4))
+
+    def slow(image: Tensor, run: int, item: int) -> Tensor:
+        for kind in order if drawn.chosen[run, item] else ():
+            image = adjust(image, kind, float(drawn.factors[run, item, kind]))
+        return image
+
+    worst = (augment.apply_jitter(x, drawn) - one_by_one(slow, x)).abs().max()
+    assert worst < 1e-5  # measured: 1.4e-6
+
+
+def test_jitter_takes_each_images_own_order() -> None:
+    x = augment.to_float(difficult_pictures(2, 48))
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    drawn = augment.draw_jitter(Rng([0, 1], "t"), 48, probability=1)
+    drawn = drawn._replace(order=torch.stack([orders.repeat(2, 1), orders.flip(0).repeat(2, 1)]))
+    together = augment.apply_jitter(x, drawn)
+    for run, item in itertools.product(range(2), range(48)):
+        own = augment.Jitter(*(part[run : run + 1, item : item + 1] for part in drawn))
+        assert torch.equal(together[run, item], augment.apply_jitter(x[run, item][None, None], own)[0, 0])
+
+
+def test_hue_equals_torchvisions_and_leaves_greys_alone() -> None:
+    x = augment.to_float(difficult_pictures(2, 51))
+    turns = torch.linspace(-0.5, 0.5, 102).view(2, 51)
+    turned = augment.turn_hue(x, turns)
+    slow = one_by_one(lambda image, run, item: adjust(image, augment.HUE, float(turns[run, item])), x)
+    assert (turned - slow).abs().max() < 1e-5  # measured: 1.2e-6
+    assert torch.equal(turned[..., 0], x[..., 0])  # the column of greys
+    grey = torch.rand(2, 51, 1, 4, 4, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 3, -1, -1)
+    assert torch.equal(augment.turn_hue(grey, turns), grey)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_equals_torchvisions_and_spares_the_others(channels: int) -> None:
+    from torchvision.transforms import functional
+
+    x = augment.to_float(difficult_pictures(2, 20)[:, :, :channels])
+    chosen = Rng([0, 1], "t").chance(0.5, 20)
+    slow = one_by_one(lambda image, run, item: functional.rgb_to_grayscale(image, channels), x)
+    made = augment.apply_grey(x, chosen)
+    assert (made - slow)[chosen].abs().max() < 1e-6
+    assert torch.equal(made[~chosen], x[~chosen])
+
+
+def photographs(runs: int, batch: int, channels: int, side: int) -> Tensor:
+    """Smooth coloured bytes, closer to photographs than noise is."""
+    coarse = pictures(1, runs * batch, channels, 6, 6)[0].float()
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
+    return smooth.clamp(0, 255).round().to(torch.uint8).view(runs, batch, channels, side, side)
+
+
+def torchvision_views(x: Tensor, seeds: list[int], kind: str, places: slice = slice(None)) -> Tensor:
+    """The replay view of each image by torchvision, on the numbers that `replay_views` draws; `places` cuts the order.
+
+    `kind` is what torchvision is given: "float" tensors, "uint8" tensors, or "pil" images as in the papers' code.
+    """
+    from torchvision.transforms import functional
+
+    rng, (batch, channels, height, width) = Rng(seeds, "t"), x.shape[1:]
+    boxes, mirrored = augment.draw_boxes(rng, batch, height, width), rng.chance(0.5, batch)
+    drawn, grey = augment.draw_jitter(rng, batch), rng.chance(0.2, batch)
+    before = {"float": augment.to_float, "uint8": lambda image: image, "pil": functional.to_pil_image}[kind]
+    after = functional.pil_to_tensor if kind == "pil" else partial(augment.to_dtype, dtype=torch.uint8)
+
+    def view(image: Tensor, run: int, item: int) -> Tensor:
+        out = functional.resized_crop(before(image), *boxes[run, item].tolist(), [height, width])
+        out = functional.hflip(out) if mirrored[run, item] else out
+        for change in drawn.order[run, item].tolist()[places] if drawn.chosen[run, item] else ():
+            out = adjust(out, change, float(drawn.factors[run, item, change]))
+        out = functional.rgb_to_grayscale(out, channels) if grey[run, item] else out
+        made: Tensor = out if kind == "uint8" else after(out)
+        return made
+
+    return one_by_one(view, x)
+
+
+def byte_gaps(x: Tensor, slow: Tensor) -> Tensor:
+    """By how much each byte of `replay_views` differs from the slow twin's."""
+    return (augment.replay_views(x, Rng([0, 1], "t")).int() - slow.int()).abs().double()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [28, 32, 84])
+def test_replay_views_equal_torchvisions_on_floats(side: int, channels: int) -> None:
+    x = photographs(2, 30, channels, side)
+    gaps = byte_gaps(x, torchvision_views(x, [0, 1], "float"))
+    assert gaps.max() <= 1  # a sum that falls on the other side of a half
+    assert gaps.mean() < 0.002  # measured: 0.0004 at 84 pixels
+
+
+@pytest.mark.parametrize(("kind", "most"), [("uint8", 10), ("pil", 40)])
+@pytest.mark.parametrize("make", [photographs, pictures], ids=lambda make: make.__name__)
+def test_replay_views_are_near_torchvisions_on_bytes(make: Callable[..., Tensor], kind: str, most: int) -> None:
+    x = make(2, 100, 3, 32) if make is photographs else make(2, 100, 3, 32, 32)
+    gaps = byte_gaps(x, torchvision_views(x, [0, 1], kind))
+    assert gaps.mean() < 1.5  # measured: 1.2; torchvision cuts to bytes after each part
+    assert gaps.flatten().quantile(0.99) <= 6  # measured: 3 and 6; in images its hue has 256 steps
+    assert gaps.max() <= most  # measured: 6 and 18 here, 7 and 33 on more images
+
+
+def test_the_byte_parity_has_teeth() -> None:
+    x = photographs(2, 100, 3, 32)
+    for places in (slice(None, None, -1), slice(3)):  # the order reversed, and the last change forgotten
+        gaps = byte_gaps(x, torchvision_views(x, [0, 1], "pil", places))
+        assert gaps.mean() > 2  # measured: 2.9 and 10.2
+        assert gaps.flatten().quantile(0.99) > 20
+
+
+def test_floats_stay_floats_between_0_and_1() -> None:
+    for side in (7, 32):  # at 7 pixels the bilinear weights may sum to more than 1
+        x = (torch.rand(4, 400, 3, side, side, generator=torch.Generator().manual_seed(0)) * 3 - 1).clamp(0, 1)
+        x[:, :100] = x[:, :100].round()
+        x[:, :300] = 1
+        views = augment.replay_views(x, Rng(range(4), "t"))
+        assert views.dtype == torch.float32
+        assert float(views.min()) >= 0
+        assert float(views.max()) <= 1
+
+
+# What is drawn, as statistics. The seeds are fixed: a false alarm is a property of the seed, not of the day.
+
+Draw = Callable[[Rng, int, int, int], Tensor]
+
+
+def box_statistics(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Per box: area share, log aspect, their squares, and place.    Shapes: [N, 4] -> [6, N]."""
+    top, left, tall, wide = boxes.double().unbind(-1)
+    share, aspect = tall * wide / (height * width), (wide / tall).log()
+    return torch.stack([share, aspect, share**2, aspect**2, top, left])
+
+
+@cache
+def torchvision_boxes(height: int, width: int) -> Tensor:
+    """10,000 boxes by torchvision.    Shapes: -> [10000, 4]."""
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.zeros(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.tensor([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)])
+
+
+def worst_box_z(draw: Draw) -> float:
+    """The largest |z| between our boxes and torchvision's, over 6 statistics of 10,000 boxes in each of 4 image shapes."""
+    worst = 0.0
+    for height, width in ((32, 32), (24, 40), (16, 48), (48, 16)):  # one in 18 of the last two takes the centre
+        ours = box_statistics(draw(Rng(range(10), "t"), 1000, height, width).flatten(0, 1), height, width)
+        theirs = box_statistics(torchvision_boxes(height, width), height, width)
+        gap, error = ours.mean(-1) - theirs.mean(-1), ((ours.var(-1) + theirs.var(-1)) / 10_000).sqrt()
+        worst = max(
+            worst, float((gap / error)[gap != 0].abs().max())
+        )  # a constant that is the same in both has no error
+    return worst
+
+
+def test_boxes_are_spread_like_torchvisions() -> None:
+    assert worst_box_z(augment.draw_boxes) < 4.5  # false alarm: 1 in 6000; measured: 2.1
+
+
+def exchanged(rng: Rng, batch: int, height: int, width: int) -> Tensor:
+    """The box's height taken for its width."""
+    return augment.draw_boxes(rng, batch, height, width)[..., [0, 1, 3, 2]]
+
+
+WRONG_DRAWS = {
+    "scale of ImageNet training": partial(augment.draw_boxes, scale=(0.08, 1.0)),
+    "largest areas left out": partial(augment.draw_boxes, scale=(0.2, 0.85)),
+    "slightly taller boxes": partial(augment.draw_boxes, ratio=(0.7, 4 / 3)),
+    "height and width exchanged": exchanged,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DRAWS.values(), ids=WRONG_DRAWS.keys())
+def test_the_box_check_has_teeth(wrong: Draw) -> None:
+    assert worst_box_z(wrong) > 6  # measured: 63, 13, 31, 73
+
+
+def test_jitter_draws_uniform_factors_and_every_order_equally_often() -> None:
+    drawn = augment.draw_jitter(Rng(range(20), "t"), 1200)
+    for kind, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
+        factors = drawn.factors[..., kind].flatten().double().numpy()
+        assert (
+            stats.kstest((factors - low) / (high - low), "uniform").pvalue > 1e-4
+        )  # false alarm: 1 in 2500 of the four
+    weights = torch.tensor([64, 16, 4, 1])
+    _, counts = np.unique((drawn.order * weights).sum(-1).numpy(), return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-4  # false alarm: 1 in 10,000
+
+
+def test_the_order_check_has_teeth() -> None:
+    order = (
+        Rng(range(20), "t").below(50, 1200, 4).argsort(dim=-1, stable=True)
+    )  # 1 in 9 has a tie, which the first wins
+    _, counts = np.unique((order * torch.tensor([64, 16, 4, 1])).sum(-1).numpy(), return_counts=True)
+    assert stats.chisquare(counts).pvalue < 1e-9
+
+
+def test_strengths_and_probabilities_of_the_jitter_are_those_asked_for() -> None:
+    drawn = augment.draw_jitter(Rng(range(4), "t"), 1000, 0.1, 0.2, 1.5, 0.5, probability=0.3)
+    low, high = drawn.factors.flatten(0, 1).min(0).values, drawn.factors.flatten(0, 1).max(0).values
+    assert torch.allclose(low, torch.tensor([0.9, 0.8, 0.0, -0.5]), atol=0.01)  # factors are never below 0
+    assert torch.allclose(high, torch.tensor([1.1, 1.2, 2.5, 0.5]), atol=0.01)
+    assert abs(float(drawn.chosen.double().mean()) - 0.3) < 4.5 * math.sqrt(0.21 / 4000)  # false alarm: 7 in a million
+
+
+def test_replay_views_mirror_half_jitter_four_fifths_and_grey_a_fifth() -> None:
+    count = 20_000
+    ramp = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1) + torch.linspace(
+        0, 0.2, 4
+    )  # brighter to the right, reddish to blue
+    views = augment.replay_views(ramp.expand(10, count // 10, 3, 1, 4).expand(-1, -1, -1, 4, -1), Rng(range(10), "t"))
+    plain = augment.replay_views(torch.full((10, count // 10, 1, 4, 4), 0.5), Rng(range(10), "t"))
+    shares = {
+        "mirrored": (augment.greys(views)[..., 0] > augment.greys(views)[..., -1]).all(-1).all(-1),
+        "jittered": (plain - 0.5).abs().amax((2, 3, 4)) > 1e-3,
+        "grey": (views.amax(2) - views.amin(2)).amax((-2, -1)) < 1e-6,
+    }
+    # A brightness factor within 0.002 of 1, drawn with probability 0.005, does not show.
+    for name, expected in {"mirrored": 0.5, "jittered": 0.8 * 0.995, "grey": 0.2}.items():
+        z = (float(shares[name].double().mean()) - expected) / math.sqrt(expected * (1 - expected) / count)
+        assert abs(z) < 4.5, f"{name}: z = {z:.1f}"  # false alarm: 7 in a million each
