@@ -93,3 +93,15 @@ def sample_distill(features: Tensor, stored: Tensor, tau: float) -> Tensor:
     now, then = (unit(rows) @ unit(rows).T / tau for rows in (features, stored))
     log_now = now.masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
     return -(then.masked_fill(itself, -torch.inf).softmax(1) * log_now).sum(1).mean()
+
+
+def distill(scores: Tensor, taught: Tensor, tau: float) -> Tensor:
+    """Cross-entropy between the softmaxes of taught and own scores over tau, times tau squared, averaged over rows.
+
+    The factor keeps the gradients' size when tau changes. No gradient flows into what is taught.
+
+    Shapes: scores and taught [N, C] -> [].
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Li and Hoiem 2016, "Learning without Forgetting".
+    """
+    target = (taught.detach() / tau).softmax(1)
+    return -(target * (scores / tau).log_softmax(1)).sum(1).mean() * tau**2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng, derive
 from cl_sim.runs import Lift
 from cl_sim.types import Batch, Fields, Logs
@@ -51,6 +52,14 @@ class Env:
                 nets.append(make().to(self.device))
         self.lifted += 1
         return Lift(nets)
+
+    def require_boundaries(self, strategy: str) -> None:
+        """Refuse a stream that announces no tasks, for a strategy that is defined by them.    Raises: BadConfig."""
+        if not self.announces:
+            raise BadConfig(
+                f"strategy '{strategy}' needs task boundaries, but this stream announces none; "
+                "use --set stream.announces=true or another strategy (cl-sim list strategies)"
+            )
 
 
 class Strategy(nn.Module):
