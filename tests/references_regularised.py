@@ -22,3 +22,14 @@ def distill(scores: Matrix, taught: Matrix, tau: float) -> float:
         p, q = softmax([value / tau for value in own]), softmax([value / tau for value in other])
         losses.append(-math.fsum(b * math.log(a) for a, b in zip(p, q, strict=True)))
     return tau**2 * math.fsum(losses) / len(losses)
+
+
+def running_fisher(slopes: Matrix, alpha: float, every: int) -> list[float]:
+    """One run's gradients, step after step: the estimate that stands after the last."""
+    fisher, gathered = [0.0] * len(slopes[0]), [0.0] * len(slopes[0])
+    for step, slope in enumerate(slopes, start=1):
+        gathered = [a + b * b for a, b in zip(gathered, slope, strict=True)]
+        if step % every == 0:
+            fisher = [alpha * a / every + (1 - alpha) * f for a, f in zip(gathered, fisher, strict=True)]
+            gathered = [0.0] * len(slope)
+    return fisher

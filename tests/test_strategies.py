@@ -14,7 +14,8 @@ from cl_sim.types import Batch, Logs
 from strategies.er import ER, ERConfig
 
 SMALL_STEPS = {"strategy": {"lr": 0.01}}  # sharp cosines on a perceptron without BatchNorm
-TOYS = {"hpcr": SMALL_STEPS, "pcr": SMALL_STEPS}
+FEW_STEPS = {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}}  # tasks of 20 steps
+TOYS = {"ewc": FEW_STEPS, "hpcr": SMALL_STEPS, "pcr": SMALL_STEPS}
 
 
 @pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained:DeprecationWarning")
