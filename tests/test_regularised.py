@@ -1,8 +1,9 @@
-"""LwF and online EWC: their functions against slow twins, and their steps against the methods written out."""
+"""LwF, online EWC and SLDA: their functions against slow twins, and their steps against the methods written out."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import references_regularised as references
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers, lists
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from cl_sim import losses, testing
+from cl_sim import losses, session, testing
+from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
 from cl_sim.testing import Toy, toy
 from strategies.ewc import EWCConfig, normalise
+from strategies.slda import away
 
 F64 = torch.float64
 seeds = integers(0, 10**6)
@@ -45,6 +49,17 @@ def descend(net: nn.Module, loss: Tensor, lr: float) -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter -= lr * parameter.grad
+
+
+def small_resnet(name: str) -> Toy:
+    settings: dict[str, Any] = {
+        "strategy": {"name": name},
+        "stream": {"name": "synthetic", "size": 8, "channels": 1, "classes": 4, "tasks": 2},
+        "encoder": {"name": "reduced_resnet18", "width": 2},
+    }
+    config = from_dict(settings)
+    stream = session.build_stream(config, (0,))
+    return Toy(stream, session.build_strategy(config, stream, (0,)))
 
 
 @pytest.mark.parametrize("name", ["lwf", "ewc"])
@@ -193,3 +208,99 @@ def test_an_unstable_pair_of_learning_rate_and_strength_is_refused() -> None:
     with pytest.raises(BadConfig, match=r"lr \* strength is 10; .* below 0.01 or a strategy.strength below 10"):
         EWCConfig(lr=0.1, strength=100.0)
     EWCConfig(lr=0.0099, strength=100.0)
+
+
+# SLDA
+
+
+@given(sizes=lists(integers(1, 6), min_size=1, max_size=4), classes=integers(1, 4), seed=seeds)
+def test_batches_give_the_sums_of_one_sample_after_the_other(sizes: list[int], classes: int, seed: int) -> None:
+    z, y = rows(sum(sizes), 3, seed), labels(sum(sizes), classes, seed)
+    slow = references.OneByOne(classes, 3)
+    total, count, scatter = torch.zeros(1, classes, 3, dtype=F64), torch.zeros(1, classes, dtype=F64), torch.zeros(3, 3)
+    for part, own in zip(z.split(sizes), y.split(sizes), strict=True):
+        off = away(part[None], own[None], total, count)[0]
+        scatter = scatter + off.T @ off
+        member = F.one_hot(own, classes).double()
+        total, count = total + member.T @ part, count + member.sum(0)
+        for sample, label in zip(part.tolist(), own.tolist(), strict=True):
+            slow.learn(sample, label)
+    assert_close(scatter / len(z), torch.tensor(slow.sigma, dtype=F64), rtol=1e-10, atol=1e-12)
+    assert_close(total[0] / count[0].clamp(min=1)[:, None], torch.tensor(slow.mu, dtype=F64), rtol=1e-10, atol=1e-12)
+    assert count[0].tolist() == slow.c
+
+
+@pytest.mark.parametrize("target", ["identity", "variance"])
+def test_slda_answers_like_the_paper_sample_by_sample_in_every_run(target: str) -> None:
+    made = toy("slda", (3, 4), {"encoder": {"hidden": [6]}, "strategy": {"target": target}})
+    testing.train(made, 0, 25)
+    made.strategy.eval()
+    batch = made.stream.batch(30)
+    answers = made.strategy.predict(batch)
+    for run in range(2):
+        slow = references.OneByOne(4, 6)
+        for step in range(25):
+            old = made.stream.batch(step)
+            for z, y in zip(made.strategy.encode(old["x"])[run].tolist(), old["y"][run].tolist(), strict=True):
+                slow.learn(z, y)
+        expected = [slow.scores(z, 1e-4, target) for z in made.strategy.encode(batch["x"])[run].tolist()]
+        assert_close(answers[run], torch.tensor(expected), rtol=1e-4, atol=1e-3)
+
+
+def test_classes_that_have_not_come_are_never_answered_by_slda() -> None:
+    made = toy("slda", (0, 1))
+    made.strategy.eval()
+    batch = made.stream.batch(0)
+    assert bool((made.strategy.predict(batch) == 0).all()), "nothing has come yet"
+    testing.train(made, 0, len(made.stream) // 2)
+    made.strategy.eval()
+    answers = made.strategy.predict(batch)
+    assert bool((answers[..., 2:] == -torch.inf).all())
+    assert bool(answers[..., :2].isfinite().all())
+
+
+def test_the_encoder_of_slda_keeps_its_bits_statistics_included() -> None:
+    made = small_resnet("slda")
+    before = copy.deepcopy(made.strategy.encode.state_dict())
+    testing.train(made, 0, 5)
+    after = made.strategy.encode.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert made.strategy.training
+    assert not any(module.training for module in made.strategy.encode.modules())
+
+
+def test_a_variance_target_makes_slda_forget_the_unit_of_the_features() -> None:
+    answers = []
+    for scale in (1.0, 1e-3):
+        made = toy("slda", (0,), {"strategy": {"target": "variance"}})
+        with torch.no_grad():
+            for parameter in made.strategy.encode.parameters():
+                parameter *= scale
+        testing.train(made, 0, len(made.stream))
+        made.strategy.eval()
+        answers.append(made.strategy.predict(made.stream.batch(0)))
+    assert_close(answers[0], answers[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_read_out_of_slda_follows_a_loaded_state() -> None:
+    one, two = toy("slda", (0,)), toy("slda", (0,))
+    testing.train(one, 0, 5)
+    testing.train(two, 0, 9)
+    batch = one.stream.batch(0)
+    for made in (one, two):
+        made.strategy.eval()
+        made.strategy.predict(batch)
+    one.strategy.load_state_dict(two.strategy.state_dict())
+    assert torch.equal(one.strategy.predict(batch), two.strategy.predict(batch))
+
+
+def test_the_read_out_of_slda_follows_every_step() -> None:
+    made = toy("slda", (0,))
+    batch = made.stream.batch(0)
+    answers = []
+    for step in range(3):
+        testing.train(made, step, step + 1)
+        made.strategy.eval()
+        answers.append(made.strategy.predict(batch))
+    assert not torch.equal(answers[0], answers[1])
+    assert not torch.equal(answers[1], answers[2])
