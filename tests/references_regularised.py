@@ -24,6 +24,22 @@ def distill(scores: Matrix, taught: Matrix, tau: float) -> float:
     return tau**2 * math.fsum(losses) / len(losses)
 
 
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def sigmoids(scores: Matrix, target: Matrix, classes: Sequence[bool], counts: Sequence[bool]) -> float:
+    losses = []
+    for own, wanted, counted in zip(scores, target, counts, strict=True):
+        if counted:
+            terms = []
+            for score, t, known in zip(own, wanted, classes, strict=True):
+                if known:
+                    terms.append(-t * math.log(sigmoid(score)) - (1 - t) * math.log(sigmoid(-score)))
+            losses.append(math.fsum(terms))
+    return math.fsum(losses) / len(losses)
+
+
 def running_fisher(slopes: Matrix, alpha: float, every: int) -> list[float]:
     """One run's gradients, step after step: the estimate that stands after the last."""
     fisher, gathered = [0.0] * len(slopes[0]), [0.0] * len(slopes[0])

@@ -1,4 +1,4 @@
-"""LwF, online EWC and SLDA: their functions against slow twins, and their steps against the methods written out."""
+"""LwF, online EWC, SLDA and iCaRL: their functions against slow twins, and their steps against the methods written out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
 from cl_sim.testing import Toy, toy
 from strategies.ewc import EWCConfig, normalise
+from strategies.icarl import sigmoids
 from strategies.slda import away
 
 F64 = torch.float64
@@ -62,7 +63,7 @@ def small_resnet(name: str) -> Toy:
     return Toy(stream, session.build_strategy(config, stream, (0,)))
 
 
-@pytest.mark.parametrize("name", ["lwf", "ewc"])
+@pytest.mark.parametrize("name", ["lwf", "ewc", "icarl"])
 def test_a_stream_without_boundaries_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(BadConfig, match=f"strategy '{name}' needs task boundaries.*announces=true") as refused:
         toy(name, (0,), {"stream": {"announces": False}})
@@ -304,3 +305,83 @@ def test_the_read_out_of_slda_follows_every_step() -> None:
         answers.append(made.strategy.predict(batch))
     assert not torch.equal(answers[0], answers[1])
     assert not torch.equal(answers[1], answers[2])
+
+
+# iCaRL
+
+
+@given(n=integers(1, 6), classes=integers(1, 5), seed=seeds)
+def test_the_sigmoids_loss_equals_its_definition(n: int, classes: int, seed: int) -> None:
+    scores, target = rows(n, classes, seed), rows(n, classes, seed + 1).sigmoid()
+    known, counted = rows(1, classes, seed + 2)[0] > 0, rows(1, n, seed + 3)[0] > 0
+    counted[0] = True
+    slow = references.sigmoids(scores.tolist(), target.tolist(), known.tolist(), counted.tolist())
+    fast = sigmoids(scores[None], target[None], known[None], counted[None])[0]
+    assert_close(fast, torch.tensor(slow, dtype=F64), rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_the_sigmoids_loss_is_right() -> None:
+    scores, target = rows(4, 3, 0).requires_grad_(), rows(4, 3, 1).sigmoid()
+    known, counted = torch.tensor([[True, False, True]]), torch.tensor([[True, True, False, True]])
+    assert torch.autograd.gradcheck(lambda s: sigmoids(s[None], target[None], known, counted), scores)
+    (slope,) = torch.autograd.grad(sigmoids(scores[None], target[None], known, counted).sum(), scores)
+    assert bool((slope[:, 1] == 0).all())
+    assert bool((slope[2] == 0).all())
+
+
+@pytest.mark.parametrize("capacity", [1000, 12])  # of 12 rows, fewer than 10 are soon of the first task
+def test_a_trace_of_icarl_over_the_boundary_equals_the_method_written_out(capacity: int) -> None:
+    made, twin = (toy("icarl", (3,), {"strategy": {"capacity": capacity}}) for _ in range(2))
+    net, strategy = copy.deepcopy(twin.strategy.net.net), twin.strategy
+    boundary, teacher, seen, old_classes, fewest = len(made.stream) // 2, None, set(), set(), 10
+    for step in range(boundary + 8):
+        new = made.stream.batch(step)
+        mask = torch.tensor([c in old_classes for c in range(4)])
+        old = strategy.memory.sample(10, only=mask)
+        seen |= set(new["y"][0].tolist())
+        x, y = new["x"][0], new["y"][0].tolist()
+        if old_classes:
+            stored = [row for row in range(10) if int(old["y"][0, row]) in old_classes]
+            x, y = torch.cat([x, old["x"][0, stored]]), y + old["y"][0, stored].tolist()
+            fewest = min(fewest, len(stored))
+        scores, terms = net(x), []
+        for row, label in enumerate(y):
+            for c in sorted(seen):
+                target = teacher(x[row : row + 1])[0, c].sigmoid().detach() if c in old_classes else float(c == label)
+                p = scores[row, c].sigmoid()
+                terms.append(-target * p.log() - (1 - target) * (1 - p).log())
+        expected = torch.stack(terms).sum() / len(y)
+        descend(net, expected, 0.1)
+        strategy.memory.add(new)
+        loss = made.strategy.observe(new)["loss"]
+        if made.stream.ends_task(step):
+            made.strategy.boundary()
+            teacher, old_classes = copy.deepcopy(net), set(seen)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5), f"step {step}"
+    assert (fewest < 10) == (capacity == 12)
+    for fast, slow in zip(made.strategy.net.parameters(), net.parameters(), strict=True):
+        assert_close(fast, slow, rtol=1e-3, atol=1e-5)
+
+
+def test_icarl_answers_by_class_means_unless_the_head_is_asked_for() -> None:
+    by_means, by_head = toy("icarl", (0,)), toy("icarl", (0,), {"strategy": {"readout": "head"}})
+    for made in (by_means, by_head):
+        testing.train(made, 0, 25)
+        made.strategy.eval()
+    batch = by_means.stream.batch(0)
+    assert same(weights(by_means), weights(by_head))
+    strategy = by_means.strategy
+    means = strategy.tricks.means.scores(strategy.net.part("encoder"), strategy.memory, batch["x"])
+    assert torch.equal(strategy.predict(batch), means)
+    assert torch.equal(by_head.strategy.predict(batch), by_head.strategy.net(batch["x"]))
+
+
+def test_a_review_of_icarl_learns_the_whole_memory_before_the_teacher_is_replaced() -> None:
+    made = toy("icarl", (0,), {"strategy": {"review": "each", "capacity": 30}})
+    testing.train(made, 0, len(made.stream) // 2 - 1)
+    made.strategy.observe(made.stream.batch(len(made.stream) // 2 - 1))
+    before = weights(made)
+    made.strategy.boundary()
+    assert not same(before, weights(made))
+    assert same(weights(made), list(made.strategy.previous.net.parameters()))
+    assert made.strategy.learned.tolist() == made.strategy.tricks.seen.tolist()
