@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,9 @@ class Onset(nn.Module):
 
 
 class ClassMeans(nn.Module):
-    """Nearest-class-mean scores. The means are kept until the mode is set again, which the engine does around predictions.
+    """Nearest-class-mean scores. The means are kept until a state is loaded or the mode is set again.
+
+    The engine sets the mode around predictions; whoever calls a strategy directly does too: `train()`, learn, `eval()`, predict.
 
     Per class the mean of the unit features of its rows, made unit again; the score is the cosine to it, which ranks classes
     like the Euclidean distance. A class without rows scores minus infinity (the code line answers a random direction).
@@ -126,6 +128,7 @@ class ClassMeans(nn.Module):
         super().__init__()
         self.classes = classes
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> ClassMeans:
         """Forget the means: the weights or the memory may have changed."""
@@ -148,3 +151,7 @@ class ClassMeans(nn.Module):
         features = torch.cat([unit(encode(part)) for part in torch.split(x, CHUNK, 1)], 1)  # [R, M, D]
         member = y[..., None] == torch.arange(self.classes, device=y.device)  # [R, M, C]
         return unit(member.to(features.dtype).mT @ features), member.any(1)
+
+
+def _forget(means: Any, keys: Any) -> None:
+    means.kept = None

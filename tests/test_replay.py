@@ -116,6 +116,18 @@ def test_class_means_are_encoded_once_per_evaluation_and_again_after_a_step() ->
     assert not torch.equal(answers[0], answers[2])
 
 
+def test_class_means_are_encoded_again_after_loading() -> None:
+    one, two = (toy("er", (0,), {"strategy": {"readout": "class_mean"}}) for _ in range(2))
+    testing.train(one, 0, 5)
+    testing.train(two, 0, 9)
+    batch = one.stream.batch(0)
+    for made in (one, two):
+        made.strategy.eval()
+        made.strategy.predict(batch)
+    one.strategy.load_state_dict(two.strategy.state_dict())
+    assert torch.equal(one.strategy.predict(batch), two.strategy.predict(batch))
+
+
 # the mask
 
 
