@@ -6,7 +6,8 @@ Networks and losses are written for one run, as in a paper; here they are lifted
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -102,3 +103,12 @@ def join(*batches: Batch) -> Batch:
     """
     shared = [key for key in batches[0] if all(key in batch for batch in batches)]
     return {key: torch.cat([batch[key] for batch in batches], dim=1) for key in shared}
+
+
+@contextmanager
+def statistics_move_if(moved: Tensor, net: nn.Module) -> Iterator[None]:
+    """Passes made inside leave the net's buffers, its BatchNorm statistics, as they were unless `moved`.    Shapes: moved []."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    yield
+    for buffer, kept in zip(net.buffers(), before, strict=True):
+        buffer.copy_(torch.where(moved, buffer, kept))

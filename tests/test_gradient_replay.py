@@ -1,0 +1,179 @@
+"""Replay that looks at gradients, losses to come or values: every rule against a slow twin, every step against its definition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import references_gradient_replay as references
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from cl_sim import session, testing
+from cl_sim.config import from_dict
+from cl_sim.runs import per_run
+from cl_sim.testing import NoHostReads, Toy, toy
+from cl_sim.types import Batch
+from strategies.agem import project
+
+F64 = torch.float64
+seeds = st.integers(0, 10**6)
+
+
+def vectors(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def small_resnet(name: str, seeds: Sequence[int] = (0,), **strategy: Any) -> Toy:
+    """A strategy on made-up images with a net that has BatchNorm."""
+    settings = {
+        "strategy": {"name": name, **strategy},
+        "stream": {"name": "synthetic", "size": 8, "classes": 4, "tasks": 2, "per_class": 100, "order": "fixed"},
+        "encoder": {"name": "reduced_resnet18", "width": 2},
+        "seeds": list(seeds),
+        "stack": len(seeds),
+    }
+    config = from_dict(settings)
+    stream = session.build_stream(config, config.seeds)
+    return Toy(stream, session.build_strategy(config, stream, config.seeds))
+
+
+def parts(loss: Tensor, net: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def inner(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
+    return sum((a * b).sum() for a, b in zip(one, two, strict=True))
+
+
+def plain_loss(net: nn.Module, batch: Batch) -> Tensor:
+    return cross_entropy(net(batch["x"][0]), batch["y"][0])
+
+
+def step_by(net: nn.Module, gradient: Sequence[Tensor], lr: float = 0.1) -> None:
+    with torch.no_grad():
+        for parameter, part in zip(net.parameters(), gradient, strict=True):
+            parameter -= lr * part
+
+
+def assert_same_state(made: Toy, net: nn.Module) -> None:
+    """Weights and BatchNorm statistics of the first run."""
+    for mine, value in zip(made.strategy.net.net.state_dict().values(), net.state_dict().values(), strict=True):
+        assert_close(mine, value, rtol=1e-3, atol=1e-5)
+
+
+def weights_equal(one: Toy, two: Toy) -> bool:
+    pairs = zip(one.strategy.net.state_dict().values(), two.strategy.net.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# A-GEM
+
+
+@given(size=st.integers(1, 9), seed=seeds)
+def test_project_equals_its_formula_in_loops(size: int, seed: int) -> None:
+    g, r = vectors(size, seed=seed), vectors(size, seed=seed + 1)
+    assert_close(project(g, r), torch.tensor(references.project(g.tolist(), r.tolist()), dtype=F64))
+
+
+@given(size=st.integers(1, 9), seed=seeds)
+def test_project_gives_the_nearest_gradient_that_does_not_oppose_the_reference(size: int, seed: int) -> None:
+    g, r = vectors(size, seed=seed), vectors(size, seed=seed + 1)
+    kept = project(g, r)
+    assert float(kept @ r) >= -1e-9
+    for other in vectors(20, size, seed=seed + 2):
+        if float(other @ r) >= 0:
+            assert float((other - g).norm()) >= float((kept - g).norm()) - 1e-9
+
+
+@given(size=st.integers(1, 9), seed=seeds)
+def test_project_leaves_an_agreeing_gradient_its_bits(size: int, seed: int) -> None:
+    g, r = vectors(size, seed=seed), vectors(size, seed=seed + 1)
+    r = r if float(g @ r) >= 0 else -r
+    assert torch.equal(project(g, r), g)
+
+
+@given(size=st.integers(1, 9), seed=seeds, scale=st.floats(1e-6, 1e6))
+def test_project_does_not_depend_on_the_length_of_the_reference(size: int, seed: int, scale: float) -> None:
+    g, r = vectors(size, seed=seed), vectors(size, seed=seed + 1)
+    assert_close(project(g, scale * r), project(g, r))
+
+
+@pytest.mark.parametrize(
+    ("g", "r", "expected"),
+    [
+        ([1.0, -1.0], [0.0, 2.0], [1.0, 0.0]),  # what opposes is taken away
+        ([3.0, 1.0], [-1.0, 1.0], [2.0, 2.0]),  # <g, r> = -2, <r, r> = 2
+        ([-1.0, 0.0], [5.0, 0.0], [0.0, 0.0]),  # nothing else is left
+        ([1.0, -1.0], [1.0, 1.0], [1.0, -1.0]),  # a right angle does not oppose
+        ([1.0, -2.0], [0.0, 0.0], [1.0, -2.0]),  # no reference
+        ([0.0, 0.0], [1.0, 1.0], [0.0, 0.0]),
+    ],
+)
+def test_project_on_cases_worked_by_hand(g: list[float], r: list[float], expected: list[float]) -> None:
+    for dtype in (torch.float32, F64):
+        assert project(torch.tensor(g, dtype=dtype), torch.tensor(r, dtype=dtype)).tolist() == expected
+
+
+def test_project_treats_every_run_by_itself_and_never_reads_the_host() -> None:
+    g, r = vectors(6, 5, seed=1), vectors(6, 5, seed=2)
+    r[3] = 0
+    with NoHostReads():
+        together = per_run(project)(g, r)
+    for run in range(6):
+        assert_close(together[run], project(g[run], r[run]))
+
+
+def test_agem_learns_its_first_task_like_fine_tuning() -> None:
+    agem, finetune = small_resnet("agem"), small_resnet("finetune")
+    boundary = len(agem.stream) // 2
+    for made in (agem, finetune):
+        testing.train(made, 0, boundary)
+    assert weights_equal(agem, finetune)  # and BatchNorm statistics, to the bit
+    for made in (agem, finetune):
+        testing.train(made, boundary, boundary + 5)
+    assert not weights_equal(agem, finetune)
+
+
+def test_agem_over_the_boundary_equals_the_method_written_out() -> None:
+    made, twin = small_resnet("agem", (3,)), small_resnet("agem", (3,))
+    memory, boundary = twin.strategy.memory, len(made.stream) // 2
+    opposed = []
+    for step in range(boundary + 8):
+        new, net = made.stream.batch(step), copy.deepcopy(made.strategy.net.net)
+        expected = plain_loss(net, new)
+        gradient = parts(expected, net)
+        old = memory.sample(10) if step else {}
+        if step >= boundary:
+            reference = parts(plain_loss(net, old), net)
+            along = inner(gradient, reference)
+            opposed.append(bool(along < 0))
+            if along < 0:
+                share = along / inner(reference, reference)
+                gradient = [a - share * b for a, b in zip(gradient, reference, strict=True)]
+        step_by(net, gradient)
+        memory.add(new)
+        loss = made.strategy.observe(new)["loss"]
+        if made.stream.ends_task(step):
+            made.strategy.boundary()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4), f"step {step}"
+        assert_same_state(made, net)
+    assert any(opposed)  # the trace has seen the case that matters
+
+
+def test_agem_counts_its_memory_after_onset_steps_where_nothing_is_announced() -> None:
+    settings = {"stream": {"announces": False}, "strategy": {"onset": 25}}
+    made, finetune = toy("agem", (0,), settings), toy("finetune", (0,), {"stream": {"announces": False}})
+    same = []
+    for step in range(30):
+        for one in (made, finetune):
+            testing.train(one, step, step + 1)
+        same.append(weights_equal(made, finetune))
+    assert all(same[:25])
+    assert not all(same[25:])
