@@ -105,6 +105,12 @@ def join(*batches: Batch) -> Batch:
     return {key: torch.cat([batch[key] for batch in batches], dim=1) for key in shared}
 
 
+def pick(batch: Batch, place: Tensor) -> Batch:
+    """Some samples of a batch, each run's own.    Shapes: batch [R, B, ...], place [R, n] -> [R, n, ...]."""
+    run = torch.arange(len(place), device=place.device)[:, None]
+    return {key: value[run, place] for key, value in batch.items()}
+
+
 @contextmanager
 def statistics_move_if(moved: Tensor, net: nn.Module) -> Iterator[None]:
     """Passes made inside leave the net's buffers, its BatchNorm statistics, as they were unless `moved`.    Shapes: moved []."""

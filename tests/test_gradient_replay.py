@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from cl_sim import session, testing
 from cl_sim.config import from_dict
+from cl_sim.errors import BadConfig
 from cl_sim.runs import per_run
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.types import Batch
@@ -177,3 +178,61 @@ def test_agem_counts_its_memory_after_onset_steps_where_nothing_is_announced() -
         same.append(weights_equal(made, finetune))
     assert all(same[:25])
     assert not all(same[25:])
+
+
+# MIR
+
+
+def test_mir_recalls_and_learns_what_its_definition_says() -> None:
+    made, twin = small_resnet("mir", (5,)), small_resnet("mir", (5,))
+    memory = twin.strategy.memory
+    for step in range(26):  # over the boundary after step 19
+        new, net = made.stream.batch(step), copy.deepcopy(made.strategy.net.net)
+        fresh = plain_loss(net, new)
+        gradient = parts(fresh, net)
+        recalled = torch.zeros(())
+        if step:
+            virtual = copy.deepcopy(net)
+            step_by(virtual, gradient)
+            drawn = memory.sample(50)
+            with torch.no_grad():
+                before, after = (one(drawn["x"][0]).log_softmax(1) for one in (net, virtual))
+            harm = [float(before[i, c] - after[i, c]) for i, c in enumerate(drawn["y"][0].tolist())]
+            worst = sorted(range(len(harm)), key=lambda i: -harm[i])[:10]
+            recalled = plain_loss(net, {key: value[:, worst] for key, value in drawn.items()})
+            gradient = [a + b for a, b in zip(gradient, parts(recalled, net), strict=True)]
+        step_by(net, gradient)
+        memory.add(new)
+        loss = made.strategy.observe(new)["loss"]
+        assert loss.item() == pytest.approx((fresh + recalled).item(), rel=1e-4), f"step {step}"
+        assert_same_state(made, net)
+
+
+def test_mir_with_no_choice_is_er() -> None:
+    """As many candidates as are recalled: the draws are those of ER, in another order."""
+    settings = {"strategy": {"candidates": 10}}
+    mir, er = toy("mir", (0, 1), settings), toy("er", (0, 1))
+    testing.train(er, 0, 1)
+    mir.strategy.load_state_dict(er.strategy.state_dict())
+    for made in (mir, er):
+        testing.train(made, 1, 25)
+    for one, two in zip(mir.strategy.net.parameters(), er.strategy.net.parameters(), strict=True):
+        assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_mir_recalls_what_the_step_makes_worse_in_each_run() -> None:
+    made = toy("mir", (0, 1, 2))
+    testing.train(made, 0, len(made.stream) // 2 + 2)
+    strategy = made.strategy
+    size = sum(p[0].numel() for p in strategy.net.parameters())
+    coming = torch.zeros(3, size)
+    coming[1, -4] = 5.0  # the step of run 1 lowers the score of class 0, whose bias this is
+    coming[2, -3] = 5.0  # that of run 2 the score of class 1
+    recalled = strategy.retrieve(coming)["y"]
+    assert set(recalled[1].tolist()) == {0}
+    assert set(recalled[2].tolist()) == {1}
+
+
+def test_mir_refuses_fewer_candidates_than_it_recalls() -> None:
+    with pytest.raises(BadConfig, match="candidates is 9; it must be at least 10"):
+        toy("mir", (0,), {"strategy": {"candidates": 9}})
