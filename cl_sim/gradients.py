@@ -42,6 +42,13 @@ def gradient(loss: Tensor, net: Lift, keep: bool = False) -> Tensor:
     return flat(parts, net.runs)
 
 
+def cosines(vector: Tensor, others: Tensor) -> Tensor:
+    """Cosines between a vector and others, of one run; 0 with a zero vector.    Shapes: [P], [G, P] -> [G]."""
+    lengths = vector.norm() * others.norm(dim=1)
+    found: Tensor = others @ vector / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+    return found
+
+
 def put(vector: Tensor, net: Lift) -> None:
     """Make the vector what the optimiser will find.    Shapes: [R, P]."""
     parts = unflat(vector, net)

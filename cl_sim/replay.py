@@ -42,6 +42,12 @@ class ReplayConfig:
         at_least(self, capacity=1, replay=1, lr=0, replay_steps=1)
 
 
+def refuse_rule(cfg: ReplayConfig, strategy: str) -> None:
+    """Raise BadConfig for a reservoir's rule where the memory has a rule of its own."""
+    if cfg.rule != "vitter":
+        raise BadConfig(f"rule is '{cfg.rule}', but {strategy} keeps no reservoir; leave strategy.rule out")
+
+
 class Tricks(nn.Module):
     """Read-out and review of one replay strategy, whose net has the parts `encoder` and `head`.
 

@@ -92,3 +92,12 @@ class Rng(nn.Module):
         """
         priority = shift_right(self.bits(allowed.shape[-1]), 1)
         return priority.masked_fill(~allowed, -1).topk(k, dim=-1).indices
+
+    def choose_weighted(self, k: int, weight: Tensor) -> Tensor:
+        """K different columns per run, drawn one after the other in proportion to their weights; zeros come last, at random.
+
+        Shapes: weight [R, N], not negative -> [R, k].
+        Source: Efraimidis and Spirakis 2006, "Weighted Random Sampling with a Reservoir", algorithm A.
+        """
+        waiting = -(self.uniform(weight.shape[-1]).double() + 2.0**-25).log()  # exponential, above 0
+        return (waiting / weight.double().clamp(min=1e-30)).topk(k, dim=-1, largest=False).indices

@@ -112,6 +112,15 @@ def pick(batch: Batch, place: Tensor) -> Batch:
 
 
 @contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The net is in evaluation mode inside, and afterwards in the mode it had."""
+    mode = net.training
+    net.eval()
+    yield
+    net.train(mode)
+
+
+@contextmanager
 def statistics_move_if(moved: Tensor, net: nn.Module) -> Iterator[None]:
     """Passes made inside leave the net's buffers, its BatchNorm statistics, as they were unless `moved`.    Shapes: moved []."""
     before = [buffer.clone() for buffer in net.buffers()]

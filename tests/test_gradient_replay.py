@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import references_gradient_replay as references
 import torch
@@ -18,9 +20,12 @@ from torch.testing import assert_close
 from cl_sim import session, testing
 from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
+from cl_sim.gradients import cosines
+from cl_sim.memory.diverse import Diverse
+from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.testing import NoHostReads, Toy, toy
-from cl_sim.types import Batch
+from cl_sim.types import Batch, Field
 from strategies.agem import project
 
 F64 = torch.float64
@@ -35,7 +40,7 @@ def small_resnet(name: str, seeds: Sequence[int] = (0,), **strategy: Any) -> Toy
     """A strategy on made-up images with a net that has BatchNorm."""
     settings = {
         "strategy": {"name": name, **strategy},
-        "stream": {"name": "synthetic", "size": 8, "classes": 4, "tasks": 2, "per_class": 100, "order": "fixed"},
+        "stream": {"name": "synthetic", "size": 8, "classes": 4, "tasks": 2, "per_class": 60, "order": "fixed"},
         "encoder": {"name": "reduced_resnet18", "width": 2},
         "seeds": list(seeds),
         "stack": len(seeds),
@@ -186,7 +191,7 @@ def test_agem_counts_its_memory_after_onset_steps_where_nothing_is_announced() -
 def test_mir_recalls_and_learns_what_its_definition_says() -> None:
     made, twin = small_resnet("mir", (5,)), small_resnet("mir", (5,))
     memory = twin.strategy.memory
-    for step in range(26):  # over the boundary after step 19
+    for step in range(18):  # over the boundary after step 11
         new, net = made.stream.batch(step), copy.deepcopy(made.strategy.net.net)
         fresh = plain_loss(net, new)
         gradient = parts(fresh, net)
@@ -236,3 +241,136 @@ def test_mir_recalls_what_the_step_makes_worse_in_each_run() -> None:
 def test_mir_refuses_fewer_candidates_than_it_recalls() -> None:
     with pytest.raises(BadConfig, match="candidates is 9; it must be at least 10"):
         toy("mir", (0,), {"strategy": {"candidates": 9}})
+
+
+# GSS
+
+ALARM = 4.5  # standard errors: 6.8e-6 per comparison
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0, 3.0, 0.0), (0.2, 0.2, 0.2, 0.2), (1e-6, 1.0, 0.5, 0.5)])
+def test_a_weighted_choice_follows_its_weights_draw_after_draw(weights: tuple[float, ...]) -> None:
+    runs = 40_000
+    drawn = Rng(range(runs), "test").choose_weighted(2, torch.tensor(weights).expand(runs, -1))
+    codes = np.bincount((4 * drawn[:, 0] + drawn[:, 1]).numpy(), minlength=16)
+    chances = references.weighted_draws(weights, 2)
+    for code, count in enumerate(codes):
+        p = chances.get((code // 4, code % 4), 0.0)
+        assert (
+            abs(count - runs * p) <= ALARM * math.sqrt(runs * p * (1 - p)) + 1
+        )  # 12 pairs: false alarm in 1 of 12 000
+
+
+def test_a_weighted_choice_draws_zeros_last_and_evenly() -> None:
+    runs = 20_000
+    weight = torch.tensor([0.0, 1e-9, 0.0, 0.0, 1.0]).expand(runs, -1)
+    drawn = Rng(range(runs), "test").choose_weighted(4, weight)
+    assert {tuple(sorted(line)) for line in drawn[:, :2].tolist()} == {(1, 4)}
+    counts = np.bincount(drawn[:, 2].numpy(), minlength=5)[[0, 2, 3]]
+    assert np.abs(counts - runs / 3).max() < ALARM * math.sqrt(runs * 2 / 9)  # 3 counts: false alarm in 1 of 49 000
+
+
+@given(size=st.integers(1, 6), others=st.integers(1, 5), seed=seeds)
+def test_cosines_equal_their_definition(size: int, others: int, seed: int) -> None:
+    v, g = vectors(size, seed=seed), vectors(others, size, seed=seed + 1)
+    g[-1] = 0
+    slow = [references.cosine(row, v.tolist()) for row in g.tolist()]
+    assert_close(cosines(v, g), torch.tensor(slow, dtype=F64))
+
+
+DIVERSE = {"y": Field((), torch.int64), "index": Field((), torch.int64)}
+scores = st.integers(-64, 64).map(lambda n: n / 64)
+
+
+def offered(start: int, score: list[float], conflicts: bool, runs: int = 1) -> Batch:
+    index = torch.arange(start, start + len(score)).expand(runs, -1)
+    value = torch.tensor(score).expand(runs, -1)
+    return {"index": index, "y": index % 3, "score": value, "conflicts": torch.full_like(index, conflicts).bool()}
+
+
+@given(held=st.lists(scores, min_size=1, max_size=8), new=st.lists(scores, min_size=1, max_size=8), seed=seeds)
+def test_a_diverse_memory_exchanges_rows_by_its_rule_in_loops(held: list[float], new: list[float], seed: int) -> None:
+    memory = Diverse(len(held), DIVERSE, Rng([seed], "test"))
+    memory.add(offered(0, held, False))
+    twin = Rng([seed], "test")
+    waiting = [-math.log(u + 2**-25) for u in twin.uniform(len(held))[0].tolist()]
+    considered = new[: len(held)]
+    places = references.meet(
+        memory.row("score")[0, :-1].tolist(), considered, waiting, twin.uniform(len(considered))[0].tolist()
+    )
+    expected = list(range(len(held)))
+    for item, place in enumerate(places):
+        if place is not None:
+            expected[place] = 100 + item
+    with NoHostReads():
+        memory.add(offered(100, new, True))
+    rows = memory.rows()
+    assert rows["index"][0].tolist() == expected
+    known = {**dict(enumerate(held)), **{100 + item: score for item, score in enumerate(new)}}
+    assert rows["score"][0].tolist() == [known[i] for i in expected]
+    assert rows["y"][0].tolist() == [i % 3 for i in expected]
+
+
+def test_a_diverse_memory_keeps_its_rows_unless_the_batch_conflicts() -> None:
+    memory = Diverse(7, DIVERSE, Rng(range(3), "test"))
+    memory.add(offered(0, [0.1] * 5, True, runs=3))
+    memory.add(offered(5, [0.5] * 5, True, runs=3))  # fills the memory; what does not fit is dropped
+    assert memory.rows()["index"].tolist() == [list(range(7))] * 3
+    memory.add(offered(10, [-1.0] * 5, False, runs=3))
+    assert memory.rows()["index"].tolist() == [list(range(7))] * 3
+    assert memory.offered == 15
+
+
+def test_a_diverse_memory_gives_up_rows_as_often_as_its_scores_say() -> None:
+    """Rows of score 1 and 0 (chances of being met 1 and 0 first), a sample of score 0: the first leaves in 2 of 3 cases."""
+    runs = 20_000
+    memory = Diverse(2, DIVERSE, Rng(range(runs), "test"))
+    memory.add(offered(0, [1.0, 0.0], False, runs))
+    memory.add(offered(10, [0.0], True, runs))
+    index = memory.rows()["index"]
+    assert bool((index[:, 1] == 1).all())
+    gone = int((index[:, 0] == 10).sum())
+    assert abs(gone - runs * 2 / 3) < ALARM * math.sqrt(runs * 2 / 9)
+
+
+def test_gss_remembers_what_its_definition_says() -> None:
+    """Scores from one gradient at a time in evaluation mode, on the draws of a twin; 25 rows: the third batch fits in part."""
+    settings = {"capacity": 25, "directions": 3, "direction_size": 4, "lr": 0.02}
+    made, twin = small_resnet("gss", (1,), **settings), small_resnet("gss", (1,), **settings)
+    memory, conflicts = twin.strategy.memory, []
+    for step in range(18):
+        new, net = made.stream.batch(step), copy.deepcopy(made.strategy.net.net)
+        expected = plain_loss(net, new)
+        old = memory.sample(10)
+        if step:
+            expected = expected + plain_loss(net, old)
+        step_by(net, parts(expected, net), 0.02)
+        loss = made.strategy.observe(new)["loss"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4), f"step {step}"
+        assert_same_state(made, net)
+        net.load_state_dict(made.strategy.net.net.state_dict())
+        net.eval()
+        score, conflict = [0.1] * 10, False
+        if step:
+            size = 4
+            drawn = memory.sample(3 * size if len(memory) >= 12 else size * (len(memory) // size))
+            each = [{k: v[:, i : i + size] for k, v in drawn.items()} for i in range(0, drawn["y"].shape[1], size)]
+            directions = [parts(plain_loss(net, batch), net) for batch in each]
+            score = [likeness(net, {k: v[:, i : i + 1] for k, v in new.items()}, directions) for i in range(10)]
+            conflict = likeness(net, new, directions) < 0
+            conflicts.append(conflict)
+        memory.add({**new, "score": torch.tensor([score]), "conflicts": torch.full((1, 10), conflict)})
+        for name, value in memory.rows().items():
+            assert_close(made.strategy.memory.rows()[name], value, rtol=1e-3, atol=1e-4)
+        memory.load_state_dict(made.strategy.memory.state_dict())
+    assert {True, False} <= set(conflicts[3:])  # both cases have come with a full memory
+
+
+def likeness(net: nn.Module, batch: Batch, directions: Sequence[Sequence[Tensor]]) -> float:
+    gradient = parts(plain_loss(net, batch), net)
+    return max(float(inner(gradient, d) / (inner(gradient, gradient) * inner(d, d)).sqrt()) for d in directions)
+
+
+def test_gss_refuses_a_rule_for_a_reservoir_that_it_does_not_have() -> None:
+    with pytest.raises(BadConfig, match="gss keeps no reservoir"):
+        toy("gss", (0,), {"strategy": {"rule": "frozen"}})

@@ -14,8 +14,13 @@ from cl_sim.types import Batch, Logs
 from strategies.er import ER, ERConfig
 
 SMALL_STEPS = {"strategy": {"lr": 0.01}}  # sharp cosines on a perceptron without BatchNorm
-FEW_STEPS = {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}}  # tasks of 20 steps
-TOYS = {"ewc": FEW_STEPS, "hpcr": SMALL_STEPS, "pcr": SMALL_STEPS}
+SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
+TOYS = {
+    "ewc": {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}},  # tasks of 20 steps
+    "gss": SMALL_MEMORY,
+    "hpcr": SMALL_STEPS,
+    "pcr": SMALL_STEPS,
+}
 
 
 @pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained:DeprecationWarning")

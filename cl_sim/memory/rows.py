@@ -74,6 +74,16 @@ class Rows(nn.Module):
         """Offer a batch [R, B, ...]; fields that the memory does not have are left out."""
         raise NotImplementedError
 
+    def fill(self, batch: Batch) -> Batch:
+        """Keep what there is room for, in order of arrival; the rest comes back.    Shapes: [R, B, ...] -> [R, rest, ...]."""
+        start, size = len(self), batch[next(iter(self.fields))].shape[1]
+        room = min(self.capacity - start, size)
+        if room:
+            slot = torch.arange(start, start + room, device=self.run.device).expand(len(self.run), -1)
+            self.write(slot, {name: value[:, :room] for name, value in batch.items()})
+            self.count(room)
+        return {name: value[:, room:] for name, value in batch.items()}
+
     def write(self, slot: Tensor, values: Batch) -> None:
         """Overwrite the given fields of rows; slot M means nowhere. No slot but M may come twice.    Shapes: slot [R, n]."""
         for name, value in values.items():
