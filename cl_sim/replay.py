@@ -21,7 +21,7 @@ from cl_sim.runs import Lift
 from cl_sim.strategy import Env
 from cl_sim.types import Batch
 
-CHUNK = 250  # memory rows encoded at a time for the class means
+CHUNK = 250  # memory rows encoded at a time
 REVIEW = 0.1  # how much smaller the gradients of a review are: the survey's tenth
 
 
@@ -121,6 +121,11 @@ class Onset(nn.Module):
         self.weight.fill_(1)
 
 
+def in_chunks(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Encode many samples a few at a time; for passes in which samples do not meet.    Shapes: [R, N, ...] -> [R, N, D]."""
+    return torch.cat([encode(part) for part in torch.split(x, CHUNK, 1)], 1)
+
+
 class ClassMeans(nn.Module):
     """Nearest-class-mean scores. The means are kept until a state is loaded or the mode is set again.
 
@@ -154,7 +159,7 @@ class ClassMeans(nn.Module):
         """Shapes: -> [R, C, D], [R, C] bool."""
         rows = memory.rows()
         x, y = (rows[name][:, : len(memory)] for name in ("x", "y"))
-        features = torch.cat([unit(encode(part)) for part in torch.split(x, CHUNK, 1)], 1)  # [R, M, D]
+        features = unit(in_chunks(encode, x))  # [R, M, D]
         member = y[..., None] == torch.arange(self.classes, device=y.device)  # [R, M, C]
         return unit(member.to(features.dtype).mT @ features), member.any(1)
 

@@ -88,9 +88,13 @@ class Rng(nn.Module):
     def choose(self, k: int, allowed: Tensor) -> Tensor:
         """K different columns per run, uniform over the allowed ones; forbidden ones come last, if they must.
 
-        Shapes: allowed [R, N] bool -> [R, k]. The priorities have 63 bits, so a tie is not to be expected.
+        With groups, K columns of each, all from one shuffle: draws of groups that share columns are not independent.
+
+        Shapes: allowed [R, N] bool -> [R, k], or [R, G, N] -> [R, G, k].
+        The priorities have 63 bits, so a tie is not to be expected.
         """
         priority = shift_right(self.bits(allowed.shape[-1]), 1)
+        priority = priority.view(-1, *(1,) * (allowed.dim() - 2), allowed.shape[-1])
         return priority.masked_fill(~allowed, -1).topk(k, dim=-1).indices
 
     def choose_weighted(self, k: int, weight: Tensor) -> Tensor:

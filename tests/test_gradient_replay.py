@@ -22,11 +22,13 @@ from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
 from cl_sim.gradients import cosines
 from cl_sim.memory.diverse import Diverse
+from cl_sim.memory.reservoir import Reservoir
 from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.types import Batch, Field
 from strategies.agem import project
+from strategies.aser import exchange, knn_shapley
 
 F64 = torch.float64
 seeds = st.integers(0, 10**6)
@@ -374,3 +376,269 @@ def likeness(net: nn.Module, batch: Batch, directions: Sequence[Sequence[Tensor]
 def test_gss_refuses_a_rule_for_a_reservoir_that_it_does_not_have() -> None:
     with pytest.raises(BadConfig, match="gss keeps no reservoir"):
         toy("gss", (0,), {"strategy": {"rule": "frozen"}})
+
+
+# ASER
+
+
+def valuation(n_eval: int, n: int, classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Evaluation and candidate samples on a coarse grid, so that equal distances abound."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randint(-1, 2, (n_eval + n, 3), generator=generator).to(F64) / 2
+    labels = torch.randint(classes, (n_eval + n,), generator=generator)
+    return points[:n_eval], labels[:n_eval], points[n_eval:], labels[n_eval:]
+
+
+def slow_values(e: Tensor, y: Tensor, c: Tensor, labels: Tensor, k: int) -> Tensor:
+    lines = [
+        references.knn_shapley(p, t, c.tolist(), labels.tolist(), k)
+        for p, t in zip(e.tolist(), y.tolist(), strict=True)
+    ]
+    return torch.tensor(lines, dtype=F64).reshape(len(y), len(labels))
+
+
+sizes = {"n_eval": st.integers(1, 4), "n": st.integers(1, 9), "classes": st.integers(1, 3), "k": st.integers(1, 6)}
+
+
+@given(**sizes, seed=seeds)
+def test_knn_shapley_equals_the_recursion_in_loops(n_eval: int, n: int, classes: int, k: int, seed: int) -> None:
+    case = valuation(n_eval, n, classes, seed)
+    assert_close(knn_shapley(*case, k), slow_values(*case, k), rtol=0, atol=1e-12)
+
+
+@given(n=st.integers(1, 6), k=st.integers(1, 6), seed=seeds)
+def test_knn_shapley_is_the_shapley_value_of_the_neighbours_game(n: int, k: int, seed: int) -> None:
+    k = min(n, k)
+    e, y, c, labels = valuation(2, n, 2, seed)
+    exact = [
+        references.exact_shapley(p, t, c.tolist(), labels.tolist(), k)
+        for p, t in zip(e.tolist(), y.tolist(), strict=True)
+    ]
+    assert_close(knn_shapley(e, y, c, labels, k), torch.tensor(exact, dtype=F64), rtol=0, atol=1e-12)
+
+
+@given(**sizes, seed=seeds)
+def test_values_add_up_to_the_worth_of_all_candidates(n_eval: int, n: int, classes: int, k: int, seed: int) -> None:
+    k = min(n, k)
+    e, y, c, labels = valuation(n_eval, n, classes, seed)
+    for line, point, label in zip(knn_shapley(e, y, c, labels, k), e.tolist(), y.tolist(), strict=True):
+        order = references.nearest_first(point, c.tolist())
+        whole = references.worth_of_set(range(n), order, label, labels.tolist(), k)
+        assert float(line.sum()) == pytest.approx(whole, abs=1e-12)
+
+
+@given(**sizes, seed=seeds, absent=st.sets(st.integers(0, 8)))
+def test_padding_changes_no_value_and_has_none(
+    n_eval: int, n: int, classes: int, k: int, seed: int, absent: set[int]
+) -> None:
+    e, y, c, labels = valuation(n_eval, n, classes, seed)
+    valid = torch.tensor([i not in absent for i in range(n)])
+    found = knn_shapley(e, y, c, labels, k, valid)
+    assert bool((found[:, ~valid] == 0).all())
+    if bool(valid.any()):
+        assert_close(found[:, valid], knn_shapley(e, y, c[valid], labels[valid], k), rtol=0, atol=1e-12)
+
+
+@given(n=st.integers(1, 9), k=st.integers(1, 6), seed=seeds)
+def test_values_move_with_their_candidates(n: int, k: int, seed: int) -> None:
+    e, c = vectors(3, 4, seed=seed), vectors(n, 4, seed=seed + 1)  # no equal distances
+    y, labels = torch.arange(3) % 2, torch.arange(n) % 2
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert_close(knn_shapley(e, y, c[order], labels[order], k), knn_shapley(e, y, c, labels, k)[:, order])
+
+
+def test_knn_shapley_on_cases_worked_by_hand() -> None:
+    origin, line = torch.zeros(1, 1), torch.tensor([[3.0], [1.0], [2.0]])  # nearest first: 1, 2, 0
+    one = torch.ones(1, dtype=torch.int64)
+    # K = 1, hits 1, 0, 1: v_3 = 1/3, v_2 = 1/3 - 1/2, v_1 = -1/6 + 1
+    found = knn_shapley(origin, one, line, torch.tensor([1, 1, 0]), 1)
+    assert found.tolist()[0] == pytest.approx([1 / 3, 5 / 6, -1 / 6])
+    # K = 2: v_3 = 1/3, v_2 = 1/3 - 1/2, v_1 = -1/6 + 1/2
+    found = knn_shapley(origin, one, line, torch.tensor([1, 1, 0]), 2)
+    assert found.tolist()[0] == pytest.approx([1 / 3, 1 / 3, -1 / 6])
+    # all of the class: everyone is worth the same; none: nothing
+    assert knn_shapley(origin, one, line, torch.tensor([1, 1, 1]), 2).tolist()[0] == pytest.approx([1 / 3] * 3)
+    assert knn_shapley(origin, one, line, torch.tensor([0, 0, 0]), 2).tolist() == [[0, 0, 0]]
+    # equal distances: the first is nearer
+    twins = torch.tensor([[1.0], [-1.0]])
+    assert knn_shapley(origin, one, twins, torch.tensor([0, 1]), 1).tolist()[0] == pytest.approx([-0.5, 0.5])
+    assert knn_shapley(origin, one, twins, torch.tensor([1, 0]), 1).tolist()[0] == pytest.approx([1.0, 0.0])
+
+
+def test_knn_shapley_treats_every_run_by_itself_and_never_reads_the_host() -> None:
+    cases = [valuation(3, 7, 2, seed) for seed in range(4)]
+    stacked = [torch.stack(column) for column in zip(*cases, strict=True)]
+    with NoHostReads():
+        together = per_run(lambda e, y, c, labels: knn_shapley(e, y, c, labels, 3))(*stacked)
+    assert_close(together, torch.stack([knn_shapley(*case, 3) for case in cases]))
+
+
+@given(
+    old=st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=8),
+    new=st.lists(st.integers(-3, 3), min_size=1, max_size=6),
+    seed=seeds,
+)
+def test_exchange_equals_its_definition_on_lists(old: list[tuple[int, bool]], new: list[int], seed: int) -> None:
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[: len(old)]
+    worth, valid = torch.tensor([w for w, _ in old] + new, dtype=F64), torch.tensor([v for _, v in old])
+    with NoHostReads():
+        found = exchange(worth, rows, valid, nowhere=20)
+    held = [(row, float(w)) for row, (w, there) in zip(rows.tolist(), old, strict=True) if there]
+    slow = references.exchange(held, [float(w) for w in new])
+    assert [None if row == 20 else row for row in found.tolist()] == slow
+    both = per_run(exchange)(worth.expand(2, -1), rows.expand(2, -1), valid.expand(2, -1), nowhere=20)
+    assert both.tolist() == [found.tolist()] * 2
+
+
+LABELLED = {"y": Field((), torch.int64), "index": Field((), torch.int64)}
+
+
+def by_class(counts: Sequence[int], runs: int, spare: int = 0) -> Reservoir:
+    """A memory with so many rows of each class, one class after the other, and room for some more."""
+    memory = Reservoir(sum(counts) + spare, LABELLED, Rng(range(runs), "test"))
+    y = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).expand(runs, -1)
+    memory.add({"y": y, "index": torch.arange(sum(counts)).expand(runs, -1)})
+    return memory
+
+
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=2, max_size=4),
+    n=st.integers(1, 7),
+    spare=st.integers(0, 3),
+    absent=st.sets(st.integers(0, 19)),
+)
+def test_a_sample_of_each_class_has_no_row_twice_and_all_it_can_have(
+    counts: list[int], n: int, spare: int, absent: set[int]
+) -> None:
+    memory = by_class([*counts, 1], 2, spare)
+    counts = [*counts, 1]
+    without = torch.tensor([[row in absent for row in range(memory.capacity)]] * 2)
+    with NoHostReads():
+        drawn = memory.sample_each(n, len(counts), without)
+        marked = memory.mark(drawn["slot"], drawn["valid"])
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).tolist()
+    for run in range(2):
+        taken = drawn["slot"][run, drawn["valid"][run]].tolist()
+        assert marked[run].nonzero().flatten().tolist() == sorted(taken)
+        assert len(set(taken)) == len(taken)
+        assert not absent & set(taken)
+        assert torch.equal(drawn["y"][run, drawn["valid"][run]], torch.tensor([labels[row] for row in taken]))
+        for c, count in enumerate(counts):
+            free = sum(label == c and row not in absent for row, label in enumerate(labels))
+            assert sum(labels[row] == c for row in taken) == min(n, memory.capacity, free), count
+
+
+def test_a_sample_of_each_class_draws_its_rows_equally_often() -> None:
+    runs = 20_000
+    drawn = by_class([4, 6, 1], runs).sample_each(2, 3)
+    counts = np.bincount(drawn["slot"][drawn["valid"]].numpy(), minlength=11)
+    for row, count in enumerate(counts):
+        p = 1 / 2 if row < 4 else 1 / 3 if row < 10 else 1
+        assert abs(count - runs * p) <= ALARM * math.sqrt(runs * p * (1 - p))  # 10 rows: false alarm in 1 of 15 000
+
+
+def full_aser(steps: int, **settings: Any) -> tuple[Toy, Toy]:
+    """Twins whose memory is full, in the second task."""
+    base = {"capacity": 40, "per_class": 3.5, "lr": 0.02, **settings}
+    made, twin = small_resnet("aser", (2,), **base), small_resnet("aser", (2,), **base)
+    for one in (made, twin):
+        testing.train(one, 0, steps)
+    return made, twin
+
+
+def without_padding(batch: Batch) -> Batch:
+    return {key: value[0][batch["valid"][0]] for key, value in batch.items() if key != "valid"}
+
+
+def encoded(made: Toy, x: Tensor) -> Tensor:
+    """Features in evaluation mode, one sample at a time."""
+    net = copy.deepcopy(made.strategy.net.net).eval()
+    with torch.no_grad():
+        return torch.cat([net.encoder(one[None]) for one in x])
+
+
+@pytest.mark.parametrize("score", ["asvm", "asv"])
+@pytest.mark.parametrize("steps", [6, 14])
+def test_aser_recalls_the_candidates_of_highest_adversarial_value(score: str, steps: int) -> None:
+    made, twin = full_aser(steps, score=score)
+    new, memory = made.stream.batch(steps), twin.strategy.memory
+    padded = memory.sample_each(3, 4)
+    some = without_padding(padded)
+    rest = without_padding(memory.sample_each(3, 4, memory.mark(padded["slot"], padded["valid"])))
+    f, g, h = encoded(twin, some["x"]), encoded(twin, rest["x"]), encoded(twin, new["x"][0])
+    friendly, hostile = slow_values(g, rest["y"], f, some["y"], 3), slow_values(h, new["y"][0], f, some["y"], 3)
+    expected = friendly.mean(0) - hostile.mean(0) if score == "asvm" else friendly.amax(0) - hostile.amin(0)
+    known = dict(zip(some["slot"].tolist(), expected.tolist(), strict=True))
+    recalled = made.strategy.recall(new)["slot"][0].tolist()
+    assert len(set(recalled)) == 10
+    valued = [known[row] for row in recalled if row in known]
+    assert_close(torch.tensor(valued), torch.tensor(sorted(known.values(), reverse=True)[:10]), rtol=0, atol=1e-5)
+    assert len(valued) == min(10, len(known))  # the rest, if any, is spare
+
+
+@pytest.mark.parametrize("steps", [5, 9, 14, 20])
+def test_aser_remembers_new_samples_that_are_worth_more(steps: int) -> None:
+    made, twin = full_aser(steps)
+    new, memory = made.stream.batch(steps), twin.strategy.memory
+    held = memory.rows()["y"][0].tolist()
+    threshold = float(twin.strategy.rng.uniform(1)) / 4
+    rare = [i for i, c in enumerate(new["y"][0].tolist()) if held.count(c) / 40 < threshold]
+    padded = memory.sample_each(3, 4)
+    judges = without_padding(padded)
+    order = twin.strategy.rng.choose(14, ~memory.mark(padded["slot"], padded["valid"]))[0]
+    pool = memory.take(order[: 40 - len(judges["y"])][None])
+    e = torch.cat([encoded(twin, judges["x"]), encoded(twin, new["x"][0])[rare]])
+    y = torch.cat([judges["y"], new["y"][0][rare]])
+    c = torch.cat([encoded(twin, pool["x"][0]), encoded(twin, new["x"][0])])
+    worth = slow_values(e, y, c, torch.cat([pool["y"][0], new["y"][0]]), 3).sum(0)
+    places = made.strategy.places(new)[0].tolist()
+    entered = [i for i, row in enumerate(places) if row < 40]
+    left = [pool["slot"][0].tolist().index(places[i]) for i in entered]
+    size = pool["slot"].shape[1]
+    kept = [*(i for i in range(size) if i not in left), *(size + i for i in entered)]
+    assert len(set(left)) == len(left)
+    assert_close(worth[kept].sort().values, worth.sort().values[10:], rtol=0, atol=1e-5)
+
+
+def test_an_aser_step_learns_recalled_and_new_samples_in_one_pass_and_then_updates() -> None:
+    made, twin = full_aser(13)
+    new, net = made.stream.batch(13), copy.deepcopy(made.strategy.net.net)
+    old = twin.strategy.recall(new)
+    expected = plain_loss(net, {key: torch.cat([old[key], new[key]], 1) for key in ("x", "y")})
+    step_by(net, parts(expected, net), 0.02)
+    assert made.strategy.observe(new)["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_same_state(made, net)
+    twin.strategy.net.load_state_dict(made.strategy.net.state_dict())
+    twin.strategy.remember(new)
+    assert torch.equal(made.strategy.memory.rows()["index"], twin.strategy.memory.rows()["index"])
+
+
+def test_aser_keeps_what_comes_while_there_is_room_and_values_the_rest_of_that_batch() -> None:
+    made = toy("aser", (0, 1), {"strategy": {"capacity": 25}})
+    batches = [made.stream.batch(step) for step in range(3)]
+    came = torch.cat([batch["index"] for batch in batches], 1)
+    testing.train(made, 0, 2)
+    assert torch.equal(made.strategy.memory.rows()["index"][:, :20], came[:, :20])
+    assert not made.strategy.steady
+    testing.train(made, 2, 3)
+    index = made.strategy.memory.rows()["index"]
+    assert made.strategy.steady
+    assert made.strategy.memory.offered == 30
+    for run in range(2):
+        assert len(set(index[run].tolist())) == 25
+        assert set(index[run].tolist()) <= set(came[run].tolist())
+
+
+def test_aser_recalls_a_whole_batch_even_of_a_memory_with_few_candidates() -> None:
+    made = toy("aser", (0, 1), {"strategy": {"capacity": 40, "per_class": 1.0}})
+    testing.train(made, 0, 6)  # only two classes have come: two candidates
+    slot = made.strategy.recall(made.stream.batch(6))["slot"]
+    assert slot.shape == (2, 10)
+    for run in range(2):
+        assert len(set(slot[run].tolist())) == 10
+        assert max(slot[run].tolist()) < 40
+
+
+def test_aser_refuses_a_rule_for_a_reservoir_that_it_does_not_have() -> None:
+    with pytest.raises(BadConfig, match="aser keeps no reservoir"):
+        toy("aser", (0,), {"strategy": {"rule": "frozen"}})

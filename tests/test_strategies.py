@@ -16,6 +16,7 @@ from strategies.er import ER, ERConfig
 SMALL_STEPS = {"strategy": {"lr": 0.01}}  # sharp cosines on a perceptron without BatchNorm
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
 TOYS = {
+    "aser": SMALL_MEMORY,
     "ewc": {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}},  # tasks of 20 steps
     "gss": SMALL_MEMORY,
     "hpcr": SMALL_STEPS,

@@ -109,8 +109,7 @@ class Rows(nn.Module):
         if exclude is not None:
             allowed = allowed & ~self._in_classes(exclude)
         slot = self.rng.choose(n, allowed)
-        drawn = {name: self.row(name)[self.run, slot] for name in self.fields}
-        drawn["slot"] = slot
+        drawn = self.take(slot)
         if only is not None or exclude is not None:
             drawn["valid"] = allowed.gather(1, slot)
         return drawn
@@ -120,6 +119,28 @@ class Rows(nn.Module):
         order = self.rng.choose(len(self), self.valid())
         for slot in torch.split(order, n, 1):
             yield {name: self.row(name)[self.run, slot] for name in self.fields}
+
+    def take(self, slot: Tensor) -> Batch:
+        """The rows with these numbers.    Shapes: slot [R, n] -> each field [R, n, *shape], slot."""
+        return {name: self.row(name)[self.run, slot] for name in self.fields} | {"slot": slot}
+
+    def sample_each(self, n: int, classes: int, without: Tensor | None = None) -> Batch:
+        """Draw n rows of each class, none twice, each of a class equally likely; some rows can be left out.
+
+        As in `sample` with a mask, the column `valid` tells rows from padding, here where a class has fewer than n.
+
+        Shapes: without [R, M] bool -> each field [R, C * n, *shape], class by class, slot and valid [R, C * n].
+        """
+        allowed = self.valid() if without is None else self.valid() & ~without
+        label = torch.arange(classes, device=allowed.device)[:, None]
+        members = allowed[:, None] & (self.row("y")[:, None, : self.capacity] == label)  # [R, C, M]
+        slot = self.rng.choose(min(n, self.capacity), members)
+        return self.take(slot.flatten(1)) | {"valid": members.gather(2, slot).flatten(1)}
+
+    def mark(self, slot: Tensor, valid: Tensor) -> Tensor:
+        """Which rows are among these?    Shapes: slot and valid [R, n] -> [R, M] bool."""
+        nothing = torch.zeros(len(self.run), self.capacity + 1, dtype=torch.bool, device=slot.device)
+        return nothing.scatter(1, torch.where(valid, slot, self.capacity), True)[:, : self.capacity]
 
     def _in_classes(self, mask: Tensor) -> Tensor:
         labels = self.row("y")[:, : self.capacity]
