@@ -16,6 +16,16 @@ def trainable(net: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
+@torch.no_grad()
+def clip(net: Lift, norm: float) -> None:
+    """Scale down the gradient of each run whose norm, over all parameters, is larger than this."""
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    squares = torch.stack([gradient.reshape(net.runs, -1).square().sum(1) for gradient in gradients])  # [parameters, R]
+    factor = (norm / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)  # [R]
+    for gradient in gradients:
+        gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)) if net.runs > 1 else factor)
+
+
 class Previous(nn.Module):
     """A net as it was when last told so, in evaluation mode and without gradients: the teacher of distillation.
 

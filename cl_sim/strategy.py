@@ -40,17 +40,18 @@ class Env:
         """How many runs train side by side."""
         return len(self.seeds)
 
-    def lift(self, make: Callable[[], nn.Module]) -> Lift:
+    def lift(self, make: Callable[[], nn.Module], name: str = "") -> Lift:
         """Make one net per run, each initialised from its own run's seed, and lift them.
 
-        A run's initial weights depend on its seed and on how many nets the strategy made before, never on other runs.
+        A run's initial weights depend on its seed and on how many nets the strategy made before, never on other runs. With a
+        name they depend on the name instead: a net made while learning is then the same before and after a resume.
         """
         nets = []
         for seed in self.seeds:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive(seed, f"net {self.lifted}"))
+                torch.manual_seed(derive(seed, name or f"net {self.lifted}"))
                 nets.append(make().to(self.device))
-        self.lifted += 1
+        self.lifted += not name
         return Lift(nets)
 
     def require_boundaries(self, strategy: str) -> None:

@@ -36,3 +36,27 @@ def nearest_class(memory: Matrix, labels: Sequence[int], query: Vector) -> int:
         if distance < best:
             best, nearest = distance, c
     return nearest
+
+
+class GreedySampler:
+    """GDumb's sampler with a list per class, in order of arrival."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: dict[int, list[int]] = {}
+
+    def offer(self, item: int, label: int, survivors: set[int]) -> None:
+        """Of the largest class leaves who is not among the survivors: the choice is random, so it is taken as it was made."""
+        room = self.capacity // max(1, len(self.rows))
+        if label in self.rows and len(self.rows[label]) >= room:
+            return
+        if sum(len(rows) for rows in self.rows.values()) >= self.capacity:
+            largest = max(self.rows.values(), key=len)
+            (leaver,) = [row for row in largest if row not in survivors]
+            largest.remove(leaver)
+        self.rows.setdefault(label, []).append(item)
+
+
+def clipped(gradient: Vector, most: float) -> list[float]:
+    length = math.sqrt(math.fsum(g * g for g in gradient))
+    return [g * min(1.0, most / (length + 1e-6)) for g in gradient]

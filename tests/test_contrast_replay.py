@@ -13,9 +13,16 @@ from hypothesis.strategies import integers, lists
 from torch import Tensor, nn
 
 from cl_sim import testing
+from cl_sim.encoders.classifier import Classifier
+from cl_sim.encoders.mlp import MLP
 from cl_sim.encoders.projector import Projector
 from cl_sim.errors import BadConfig
-from cl_sim.testing import Toy, toy
+from cl_sim.memory.greedy import Greedy
+from cl_sim.optim import clip
+from cl_sim.rng import Rng
+from cl_sim.runs import Lift
+from cl_sim.testing import NoHostReads, Toy, toy
+from cl_sim.types import Field
 from strategies.scr import SCRConfig
 
 F64 = torch.float64
@@ -182,3 +189,131 @@ def test_derpp_without_its_distillation_is_replay_from_one_draw() -> None:
         two.strategy.memory.row("logits").fill_(7.0)
         testing.train(two, step, step + 1)
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
+
+
+ROW = {"y": Field((), torch.int64), "index": Field((), torch.int64)}
+
+
+@given(capacity=integers(1, 12), classes=integers(1, 6), items=integers(1, 60), seed=seeds)
+def test_greedy_keeps_what_the_lists_keep(capacity: int, classes: int, items: int, seed: int) -> None:
+    """Two runs with labels of their own, one sample at a time, who leaves the largest class being free."""
+    labels = torch.randint(classes, (2, items), generator=torch.Generator().manual_seed(seed))
+    memory = Greedy(capacity, ROW, Rng((seed, seed + 1), "test"), classes)
+    twins = [slow.GreedySampler(capacity) for _ in range(2)]
+    for item in range(items):
+        memory.add({"y": labels[:, item : item + 1], "index": torch.full((2, 1), item)})
+        rows = memory.rows()
+        for run, twin in enumerate(twins):
+            kept = rows["index"][run][rows["valid"][run]].tolist()
+            twin.offer(item, int(labels[run, item]), set(kept))
+            expected = {c: set(members) for c, members in twin.rows.items() if members}
+            assert len(kept) == len(set(kept))
+            assert {c: {i for i in kept if labels[run, i] == c} for c in expected} == expected
+            assert len(kept) == sum(len(members) for members in expected.values())
+            assert rows["y"][run][rows["valid"][run]].tolist() == [int(labels[run, i]) for i in kept]
+    assert len(memory) == min(sum(len(members) for members in twin.rows.values()) for twin in twins)
+
+
+def test_greedy_evicts_every_row_of_the_largest_class_equally_often() -> None:
+    """Of ten rows one leaves; over 20000 runs the worst of ten stays within 4.5 standard errors (1 in 15000 by chance)."""
+    runs = 20_000
+    memory = Greedy(10, ROW, Rng(range(runs), "test"), 2)
+    for label, index in ((0, range(10)), (1, range(10, 11))):
+        wide = torch.tensor([*index]).expand(runs, -1)
+        memory.add({"y": torch.full_like(wide, label), "index": wide})
+    rows = memory.rows()["index"]
+    left = torch.stack([(rows != item).all(1).float().mean() for item in range(10)])
+    assert float((left - 0.1).abs().max()) < 4.5 * (0.1 * 0.9 / runs) ** 0.5
+
+
+def test_greedy_never_reads_the_host_when_it_takes_samples_in() -> None:
+    memory = Greedy(4, ROW, Rng((0, 1), "test"), 3)
+    batch = {"y": torch.tensor([[0, 0, 1, 2, 2], [2, 1, 1, 0, 0]]), "index": torch.arange(5).expand(2, -1)}
+    with NoHostReads():
+        memory.add(batch)
+
+
+def test_greedy_hands_out_every_row_once_before_any_comes_again() -> None:
+    """Run 0 turns its third sample away (there is room for one of class 0), run 1 keeps all three."""
+    small = Greedy(3, ROW, Rng((0, 1), "test"), 2)
+    small.add({"y": torch.tensor([[0, 1, 0], [0, 0, 1]]), "index": torch.arange(3).expand(2, -1)})
+    assert small.filled.tolist() == [2, 3]
+    drawn = torch.cat([batch["index"] for batch in small.cycle(2, 3)], 1)  # [2, 6]
+    assert sorted(drawn[0, :2].tolist()) == [0, 1]
+    assert drawn[0].tolist() == drawn[0, :2].tolist() * 3
+    assert sorted(drawn[1, :3].tolist()) == [0, 1, 2]
+    assert drawn[1].tolist() == drawn[1, :3].tolist() * 2
+
+
+@given(runs=integers(1, 3), most=integers(1, 40), seed=seeds)
+def test_clipping_equals_the_definition_for_every_run(runs: int, most: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    lifted = Lift([Classifier(MLP(3, (4,)), 2) for _ in range(runs)]).to(F64)
+    gradients = [torch.randn_like(parameter) * 3 for parameter in lifted.parameters()]
+    for parameter, gradient in zip(lifted.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    clip(lifted, most / 4)
+    for run in range(runs):
+        parts = [(g if runs == 1 else g[run]).flatten() for g in gradients]
+        expected = slow.clipped(torch.cat(parts).tolist(), most / 4)
+        parts = [(p.grad if runs == 1 else p.grad[run]).flatten() for p in lifted.parameters()]
+        torch.testing.assert_close(torch.cat(parts), torch.tensor(expected, dtype=F64))
+
+
+QUICK = {"strategy": {"capacity": 50, "epochs": 3, "clip": 1.5}}
+
+
+def test_a_fit_of_gdumb_equals_the_method_written_out() -> None:
+    """A fresh network, three epochs over the memory in random order, the gradient's norm clipped, draws those of a twin."""
+    made, twin = toy("gdumb", (3,), QUICK), toy("gdumb", (3,), QUICK)
+    for one in (made, twin):
+        for step in range(20):
+            one.strategy.observe(one.stream.batch(step))
+    strategy = twin.strategy
+    net, rows = strategy.fresh(1).net, strategy.memory.rows()
+    clips = 0
+    for _ in range(3):
+        order = strategy.rng.choose(50, torch.ones(1, 50, dtype=torch.bool))[0]
+        for start in range(0, 50, 10):
+            chosen = order[start : start + 10]
+            logits = net(rows["x"][0, chosen])
+            loss = -logits.log_softmax(1)[torch.arange(10), rows["y"][0, chosen]].mean()
+            net.zero_grad()
+            loss.backward()
+            clips += float(torch.nn.utils.clip_grad_norm_(net.parameters(), 1.5)) > 1.5
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= 0.1 * parameter.grad
+    made.strategy.boundary()
+    assert 0 < clips < 15
+    assert_same_weights(made, net)
+    assert made.strategy.last.item() == pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_gdumb_learns_at_boundaries_only_and_then_from_the_memory_alone() -> None:
+    made = toy("gdumb", (0, 1), QUICK)
+    before = weights(made)
+    for step in range(10):
+        made.strategy.observe(made.stream.batch(step))
+    assert all(torch.equal(one, two) for one, two in zip(before, weights(made), strict=True))
+    made.strategy.boundary()
+    assert not any(torch.equal(one, two) for one, two in zip(before, weights(made), strict=True))
+
+
+def test_gdumb_starts_every_fit_from_another_network_the_same_for_a_seed_in_any_company() -> None:
+    one, many = toy("gdumb", (1,), QUICK).strategy, toy("gdumb", (0, 1), QUICK).strategy
+    first, second = one.fresh(1), one.fresh(2)
+    assert not torch.equal(first.weight("head.weight"), second.weight("head.weight"))
+    assert torch.equal(first.weight("head.weight")[0], many.fresh(1).weight("head.weight")[1])
+    assert torch.equal(first.weight("head.weight"), one.fresh(1).weight("head.weight"))
+
+
+def test_gdumb_fits_every_refit_samples_and_at_the_end_where_nothing_is_announced() -> None:
+    settings = {**QUICK, "stream": {"announces": False}}
+    made = toy("gdumb", (0,), {**settings, "strategy": {**QUICK["strategy"], "refit": 150}})
+    assert not made.strategy.steady
+    fits = []
+    for step in range(40):
+        testing.train(made, step, step + 1)
+        fits.append(int(made.strategy.fits))
+    assert fits == [0] * 14 + [1] * 15 + [2] * 10 + [3]
