@@ -56,11 +56,11 @@ def put(vector: Tensor, net: Lift) -> None:
         parameter.grad = parts[name].detach()
 
 
-def ahead(net: Lift, vector: Tensor, lr: float) -> Callable[..., Any]:
-    """The net after a virtual step of gradient descent; the net itself, its BatchNorm statistics too, stays as it is.
+def ahead(net: Lift, vector: Tensor, lr: float, part: str = "") -> Callable[..., Any]:
+    """The net, or a child, after a virtual step of gradient descent; its own weights and BatchNorm statistics stay as they are.
 
     Source: the look-ahead of Aljundi et al. 2019, "Online Continual Learning with Maximally Interfered Retrieval".
-    Shapes: vector [R, P] -> a function like the net.
+    Shapes: vector [R, P] -> a function like the net or its child.
     """
     parts = unflat(vector, net)
-    return net.with_parameters({name: value - lr * parts[name] for name, value in trained(net).items()})
+    return net.with_parameters({name: value - lr * parts[name] for name, value in trained(net).items()}, part)

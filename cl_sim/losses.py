@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cl_sim.encoders.classifier import unit
 
@@ -105,3 +106,20 @@ def distill(scores: Tensor, taught: Tensor, tau: float) -> Tensor:
     """
     target = (taught.detach() / tau).softmax(1)
     return -(target * (scores / tau).log_softmax(1)).sum(1).mean() * tau**2
+
+
+def dual_view(first: Tensor, second: Tensor, joint: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """What two views of a batch must do: both answer the label, all three answers spread over the classes, and agree.
+
+    Cross-entropy of the views, plus the mean negative entropy of the three mean answers, plus `weight` times the mean
+    absolute difference between each view's shares and the joint ones.
+
+    Shapes: scores of the views and of both together [N, C], labels [N] -> [].
+    Source: Gu et al. 2022, "Not Just Selection, but Exploration: Online Class-Incremental Continual Learning via Dual View
+    Consistency", as released.
+    """
+    supervised = (F.cross_entropy(first, labels) + F.cross_entropy(second, labels)) / 2
+    shares = torch.stack([first, second, joint]).softmax(-1)  # [3, N, C]
+    mean = shares.mean(1).clamp(min=torch.finfo(shares.dtype).eps)
+    spread = (mean * mean.log()).sum(-1).mean()
+    return supervised + spread + weight * (shares[:2] - shares[2]).abs().mean()

@@ -46,10 +46,14 @@ class Lift(nn.Module):
         parameter = self.net.get_parameter(name)
         return parameter[None] if self.runs == 1 else parameter
 
-    def with_parameters(self, values: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """The net as it would be with other values of some parameters; its own parameters and buffers stay as they are."""
-        net = self.net
-        state = {**dict(net.named_parameters()), **values}, {name: kept.clone() for name, kept in net.named_buffers()}
+    def with_parameters(self, values: Mapping[str, Tensor], part: str = "") -> Callable[..., Any]:
+        """The net, or a child, as it would be with other values of some parameters; its own and its buffers stay as they are.
+
+        Values are named as in the whole net.
+        """
+        net, inside = self.net.get_submodule(part), f"{part}." if part else ""
+        other = {name.removeprefix(inside): value for name, value in values.items() if name.startswith(inside)}
+        state = {**dict(net.named_parameters()), **other}, {name: kept.clone() for name, kept in net.named_buffers()}
         if self.runs > 1:
             return lambda *inputs: vmap(lambda held, args: functional_call(net, held, args))(state, inputs)
         return lambda *inputs: tree_map(

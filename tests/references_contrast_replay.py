@@ -60,3 +60,30 @@ class GreedySampler:
 def clipped(gradient: Vector, most: float) -> list[float]:
     length = math.sqrt(math.fsum(g * g for g in gradient))
     return [g * min(1.0, most / (length + 1e-6)) for g in gradient]
+
+
+def softmax(scores: Vector) -> list[float]:
+    top = max(scores)
+    whole = math.fsum(math.exp(s - top) for s in scores)
+    return [math.exp(s - top) / whole for s in scores]
+
+
+def dual_view(first: Matrix, second: Matrix, joint: Matrix, labels: Sequence[int], weight: float) -> float:
+    parts = [[softmax(row) for row in scores] for scores in (first, second, joint)]
+    n, classes = len(labels), len(first[0])
+    cross = [-math.log(part[i][labels[i]]) for part in parts[:2] for i in range(n)]
+    entropies = []
+    for part in parts:
+        mean = [math.fsum(row[c] for row in part) / n for c in range(classes)]
+        entropies.append(-math.fsum(p * math.log(p) for p in mean))
+    gaps = [abs(parts[2][i][c] - part[i][c]) for part in parts[:2] for i in range(n) for c in range(classes)]
+    return math.fsum(cross) / len(cross) - math.fsum(entropies) / 3 + weight * math.fsum(gaps) / len(gaps)
+
+
+def impact(features: Matrix, scores: Matrix, labels: Sequence[int]) -> list[float]:
+    """Gradient of the cross-entropy with respect to the head's weights, all absolute values added up."""
+    sums = []
+    for f, z, y in zip(features, scores, labels, strict=True):
+        error = [p - (c == y) for c, p in enumerate(softmax(z))]
+        sums.append(math.fsum(abs(e * a) for e in error for a in f))
+    return sums

@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis.strategies import integers, lists
 from torch import Tensor, nn
 
-from cl_sim import testing
+from cl_sim import losses, testing
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.encoders.mlp import MLP
 from cl_sim.encoders.projector import Projector
 from cl_sim.errors import BadConfig
+from cl_sim.gradients import ahead, gradient
 from cl_sim.memory.greedy import Greedy
 from cl_sim.optim import clip
 from cl_sim.rng import Rng
-from cl_sim.runs import Lift
+from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.types import Field
+from strategies.dvc import DVCConfig, impact
 from strategies.scr import SCRConfig
 
 F64 = torch.float64
@@ -250,8 +252,8 @@ def test_clipping_equals_the_definition_for_every_run(runs: int, most: int, seed
     torch.manual_seed(seed)
     lifted = Lift([Classifier(MLP(3, (4,)), 2) for _ in range(runs)]).to(F64)
     gradients = [torch.randn_like(parameter) * 3 for parameter in lifted.parameters()]
-    for parameter, gradient in zip(lifted.parameters(), gradients, strict=True):
-        parameter.grad = gradient.clone()
+    for parameter, made in zip(lifted.parameters(), gradients, strict=True):
+        parameter.grad = made.clone()
     clip(lifted, most / 4)
     for run in range(runs):
         parts = [(g if runs == 1 else g[run]).flatten() for g in gradients]
@@ -317,3 +319,102 @@ def test_gdumb_fits_every_refit_samples_and_at_the_end_where_nothing_is_announce
         testing.train(made, step, step + 1)
         fits.append(int(made.strategy.fits))
     assert fits == [0] * 14 + [1] * 15 + [2] * 10 + [3]
+
+
+def scores(n: int, classes: int, seed: int) -> Tensor:
+    return 2 * torch.randn(n, classes, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(n=integers(1, 6), classes=integers(1, 5), seed=seeds)
+def test_dual_view_equals_its_three_sums(n: int, classes: int, seed: int) -> None:
+    three = [scores(n, classes, seed + i) for i in range(3)]
+    y = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+    expected = slow.dual_view(*(z.tolist() for z in three), y.tolist(), 3.0)
+    assert losses.dual_view(*three, y, 3.0).item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_gradients_of_dual_view_are_those_of_its_values() -> None:
+    three, y = [scores(4, 3, i).requires_grad_() for i in range(3)], torch.tensor([0, 2, 1, 1])
+    assert torch.autograd.gradcheck(lambda *z: losses.dual_view(*z, y, 2.0), tuple(three))
+
+
+def test_dual_view_of_three_undecided_answers_is_the_entropy_of_the_label_less_that_of_the_answer() -> None:
+    """Even scores over C classes cost log C, are spread by log C, and agree: 0 in all, whatever the weight."""
+    even, y = torch.zeros(6, 4, dtype=F64), torch.arange(6) % 4
+    assert losses.dual_view(even, even, even, y, 9.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_lifted_dual_view_equals_the_runs_alone_and_never_reads_the_host() -> None:
+    three = [torch.stack([scores(5, 3, 10 * i + run) for run in range(3)]) for i in range(3)]
+    y = torch.randint(3, (3, 5), generator=torch.Generator().manual_seed(0))
+    with NoHostReads():
+        together = per_run(losses.dual_view)(*three, y, weight=2.0)
+    alone = [losses.dual_view(*(z[run] for z in three), y[run], 2.0) for run in range(3)]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+@given(n=integers(1, 5), seed=seeds)
+def test_impact_is_the_size_of_the_gradient_of_the_head(n: int, seed: int) -> None:
+    f, w = scores(2 * n, 4, seed), scores(3, 4, seed + 1)
+    y = torch.randint(3, (n,), generator=torch.Generator().manual_seed(seed)).repeat(2)
+    fast = impact(lambda x: x, lambda x: x @ w.T, {"x": f[None], "y": y[None]})[0]
+    expected = slow.impact(f[:n].tolist(), (f[:n] @ w.T).tolist(), y[:n].tolist())
+    torch.testing.assert_close(fast, torch.tensor(expected, dtype=F64))
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_the_parts_of_a_net_one_step_ahead_are_those_of_the_whole(runs: int) -> None:
+    torch.manual_seed(0)
+    lifted = Lift([Classifier(MLP(3, (4,)), 2) for _ in range(runs)])
+    x, before = torch.randn(runs, 5, 3), copy.deepcopy(lifted.state_dict())
+    coming = gradient(lifted(x).square().mean((1, 2)), lifted)
+    encode, head = (ahead(lifted, coming, 0.5, part) for part in ("encoder", "head"))
+    torch.testing.assert_close(head(encode(x)), ahead(lifted, coming, 0.5)(x))
+    assert not torch.allclose(head(encode(x)), lifted(x))
+    assert all(torch.equal(value, before[name]) for name, value in lifted.state_dict().items())
+
+
+def plain_dual(net: nn.Module, x: Tensor, other: Tensor, y: Tensor, weight: float) -> Tensor:
+    """The loss of DVC on one run, in plain torch."""
+    z, n = net(torch.cat([x, other])), len(x)
+    joint = net.joint(torch.cat([z[:n], z[n:]], 1)).softmax(1)
+    cross = -z.log_softmax(1)[torch.arange(2 * n), torch.cat([y, y])].mean()
+    shares = z.softmax(1)
+    means = [shares[:n].mean(0), shares[n:].mean(0), joint.mean(0)]
+    entropy = sum(-(mean * mean.log()).sum() for mean in means) / 3
+    return cross - entropy + weight * (shares - torch.cat([joint, joint])).abs().mean()
+
+
+def test_a_trace_of_dvc_equals_the_method_written_out() -> None:
+    """Losses of eight steps and the weights after them, the virtual step made by a copy of the net."""
+    made, twin = toy("dvc", (3,)), toy("dvc", (3,))
+    net, strategy = copy.deepcopy(twin.strategy.net.net), twin.strategy
+    for step in range(8):
+        new = made.stream.batch(step)
+        changed = strategy.env.augment(new)["x"][0]
+        expected = plain_dual(net, new["x"][0], changed, new["y"][0], 4.0)
+        if step:
+            net.zero_grad()
+            expected.backward(retain_graph=True)
+            virtual = copy.deepcopy(net)
+            with torch.no_grad():
+                for parameter, own in zip(virtual.parameters(), net.parameters(), strict=True):
+                    parameter -= 0.1 * own.grad
+            drawn = strategy.memory.sample(50)
+            other, y = strategy.env.augment(drawn)["x"][0], drawn["y"][0]
+            sums = []
+            for one in (net, virtual):
+                features = one.encoder(torch.cat([drawn["x"][0], other]))[: len(y)]
+                sums.append(torch.tensor(slow.impact(features.tolist(), one.head(features).tolist(), y.tolist())))
+            best = (sums[1] - sums[0]).topk(10).indices
+            expected = expected + plain_dual(net, drawn["x"][0, best], other[best], y[best], 4.0)
+        make_step(net, expected, 0.1)
+        strategy.memory.add(new)
+        loss = made.strategy.observe(new)["loss"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5), f"step {step}"
+    assert_same_weights(made, net)
+
+
+def test_dvc_cannot_recall_more_than_it_draws() -> None:
+    with pytest.raises(BadConfig):
+        DVCConfig(replay=60)

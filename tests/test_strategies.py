@@ -15,11 +15,13 @@ from strategies.er import ER, ERConfig
 
 SMALL_STEPS = {"strategy": {"lr": 0.01}}  # sharp cosines on a perceptron without BatchNorm
 LARGE_STEPS = {"strategy": {"lr": 0.1}, "augment": []}  # 40 steps; images of 8 pixels do not survive shift:4
+NO_CROPS = {"augment": ["jitter:1"]}  # of 8 pixels, in 40 steps
 FEW_ROWS = {"strategy": {"capacity": 40, "epochs": 20}}
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
 TOYS = {
     "aser": SMALL_MEMORY,
     "derpp": LARGE_STEPS,
+    "dvc": NO_CROPS,
     "ewc": {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}},  # tasks of 20 steps
     "gdumb": FEW_ROWS,
     "gss": SMALL_MEMORY,
