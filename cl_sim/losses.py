@@ -123,3 +123,34 @@ def dual_view(first: Tensor, second: Tensor, joint: Tensor, labels: Tensor, weig
     mean = shares.mean(1).clamp(min=torch.finfo(shares.dtype).eps)
     spread = (mean * mean.log()).sum(-1).mean()
     return supervised + spread + weight * (shares[:2] - shares[2]).abs().mean()
+
+
+def label_contrast(similarity: Tensor, labels: Tensor, tau: float, itself: bool = True) -> Tensor:
+    """Minus the log-share of the columns that bear a row's label, averaged over these and then over the rows.
+
+    Without `itself`, a row is not among its columns but still counts as one of those averaged over.
+
+    Shapes: similarity [N, N], labels [N], of rows and columns alike -> [].
+    Source: Guo et al. 2022, "Online Continual Learning Through Mutual Information Maximization", as released.
+    """
+    same = labels[:, None] == labels
+    return (_log_shares(similarity, tau, itself) * same).sum(1).div(same.sum(1)).mean().neg()
+
+
+def pair_contrast(similarity: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """Minus the mean log-share of a row's other view, plus twice the contrast of labels, rows not among their columns.
+
+    Shapes: similarity [2N, 2N], labels [2N], N rows and then their other views in the same order -> [].
+    Source: as `label_contrast`.
+    """
+    half, log_share = len(labels) // 2, _log_shares(similarity, tau, itself=False)
+    partners = torch.cat([log_share.diagonal(half), log_share.diagonal(-half)])
+    return -partners.mean() + 2 * label_contrast(similarity, labels, tau, itself=False)
+
+
+def _log_shares(similarity: Tensor, tau: float, itself: bool) -> Tensor:
+    """Log-softmax of every row, 0 for the row itself if it does not take part.    Shapes: [N, N] -> same."""
+    if itself:
+        return (similarity / tau).log_softmax(1)
+    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return (similarity / tau).masked_fill(own, -torch.inf).log_softmax(1).masked_fill(own, 0)

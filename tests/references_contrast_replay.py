@@ -87,3 +87,40 @@ def impact(features: Matrix, scores: Matrix, labels: Sequence[int]) -> list[floa
         error = [p - (c == y) for c, p in enumerate(softmax(z))]
         sums.append(math.fsum(abs(e * a) for e in error for a in f))
     return sums
+
+
+def log_share(similarity: Matrix, row: int, column: int, columns: Sequence[int], tau: float) -> float:
+    scores = [similarity[row][c] / tau for c in columns]
+    top = max(scores)
+    return similarity[row][column] / tau - top - math.log(math.fsum(math.exp(s - top) for s in scores))
+
+
+def label_contrast(similarity: Matrix, labels: Sequence[int], tau: float, itself: bool) -> float:
+    """As released: without the row itself, it still counts in the number averaged over."""
+    total = 0.0
+    for a in range(len(labels)):
+        columns = [c for c in range(len(labels)) if itself or c != a]
+        same = [c for c in columns if labels[c] == labels[a]]
+        total -= math.fsum(log_share(similarity, a, c, columns, tau) for c in same) / labels.count(labels[a])
+    return total / len(labels)
+
+
+def pair_contrast(similarity: Matrix, labels: Sequence[int], tau: float) -> float:
+    n = len(labels) // 2
+    total = 0.0
+    for a in range(2 * n):
+        columns = [c for c in range(2 * n) if c != a]
+        total -= log_share(similarity, a, (a + n) % (2 * n), columns, tau)
+    return total / (2 * n) + 2 * label_contrast(similarity, labels, tau, itself=False)
+
+
+def turned_pixel(size: int, row: int, column: int, left: bool, right: bool, quarters: int) -> tuple[int, int]:
+    """Where the pixel at a place comes from in the original: undo the quarter turns, then the turned half it lies in."""
+    for _ in range(quarters):
+        row, column = column, size - 1 - row
+    middle = size // 2
+    if column < middle and left:
+        return size - 1 - row, middle - 1 - column
+    if column >= middle and right:
+        return size - 1 - row, middle + size - 1 - column
+    return row, column

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import references
 import references_contrast_replay as slow
 import torch
 from hypothesis import given
-from hypothesis.strategies import integers, lists
+from hypothesis.strategies import booleans, integers, lists
 from torch import Tensor, nn
 
 from cl_sim import losses, testing
@@ -25,6 +26,7 @@ from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.types import Field
 from strategies.dvc import DVCConfig, impact
+from strategies.ocm import OCMConfig, gap, turned
 from strategies.scr import SCRConfig
 
 F64 = torch.float64
@@ -418,3 +420,154 @@ def test_a_trace_of_dvc_equals_the_method_written_out() -> None:
 def test_dvc_cannot_recall_more_than_it_draws() -> None:
     with pytest.raises(BadConfig):
         DVCConfig(replay=60)
+
+
+def similarities(n: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Similarities of n rows and their other views, whose labels come twice."""
+    y = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+    return scores(2 * n, 2 * n, seed) / 5, torch.cat([y, y])
+
+
+@given(n=integers(1, 4), classes=integers(1, 4), itself=booleans(), seed=seeds)
+def test_label_contrast_equals_the_double_loop(n: int, classes: int, itself: bool, seed: int) -> None:
+    similarity, y = similarities(n, classes, seed)
+    expected = slow.label_contrast(similarity.tolist(), y.tolist(), 0.07, itself)
+    assert losses.label_contrast(similarity, y, 0.07, itself).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@given(n=integers(1, 4), classes=integers(1, 4), seed=seeds)
+def test_pair_contrast_equals_the_double_loop(n: int, classes: int, seed: int) -> None:
+    similarity, y = similarities(n, classes, seed)
+    expected = slow.pair_contrast(similarity.tolist(), y.tolist(), 0.07)
+    assert losses.pair_contrast(similarity, y, 0.07).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_gradients_of_the_contrasts_of_similarities_are_those_of_their_values() -> None:
+    similarity, y = similarities(3, 2, 1)
+    similarity.requires_grad_()
+    for itself in (True, False):
+        assert torch.autograd.gradcheck(lambda s, own=itself: losses.label_contrast(s, y, 0.5, own), (similarity,))
+    assert torch.autograd.gradcheck(lambda s: losses.pair_contrast(s, y, 0.5), (similarity,))
+
+
+def test_equal_similarities_cost_the_logarithm_of_the_columns() -> None:
+    """Of 8 rows with labels of 4 each: log 8 with the row itself; without, 3 of the 4 averaged over cost log 7."""
+    similarity, y = torch.ones(8, 8, dtype=F64), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    assert losses.label_contrast(similarity, y, 0.07).item() == pytest.approx(math.log(8))
+    assert losses.label_contrast(similarity, y, 0.07, itself=False).item() == pytest.approx(math.log(7) * 3 / 4)
+    assert losses.pair_contrast(similarity, y, 0.07).item() == pytest.approx(math.log(7) * 5 / 2)
+
+
+def test_lifted_contrasts_of_similarities_equal_the_runs_alone_and_never_read_the_host() -> None:
+    made = [similarities(3, 2, seed) for seed in range(3)]
+    stacked = [torch.stack(parts) for parts in zip(*made, strict=True)]
+    for loss in (losses.label_contrast, losses.pair_contrast):
+        with NoHostReads():
+            together = per_run(loss)(*stacked, tau=0.5)
+        torch.testing.assert_close(together, torch.stack([loss(*one, tau=0.5) for one in made]))
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_an_image_is_turned_into_sixteen_as_written_out_pixel_by_pixel(size: int) -> None:
+    x = torch.arange(2 * 2 * 3 * size * size).view(2, 2, 3, size, size)
+    made = turned({"x": x, "y": torch.tensor([[0, 1], [2, 0]])}, classes=10)
+    assert made["x"].shape == (2, 32, 3, size, size)
+    halves = [(False, False), (True, False), (True, True), (False, True)]
+    for number in range(16):
+        places = [
+            slow.turned_pixel(size, row, column, *halves[number % 4], number // 4)
+            for row in range(size)
+            for column in range(size)
+        ]
+        rows, columns = (torch.tensor(part).view(size, size) for part in zip(*places, strict=True))
+        assert torch.equal(made["x"][:, 2 * number : 2 * number + 2], x[..., rows, columns])
+        expected = torch.tensor([[0, 1], [2, 0]]) + 10 * number
+        assert torch.equal(made["y"][:, 2 * number : 2 * number + 2], expected)
+    one = made["x"][0, ::2].flatten(1)
+    assert len({tuple(row) for row in one.tolist()}) == 16
+
+
+def test_the_gap_to_the_previous_net_counts_known_classes_only() -> None:
+    now, then = torch.zeros(2, 3, 4), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(2, 3, 4)
+    known = torch.tensor([[True, True, False, False], [False, False, False, True]])
+    assert gap(now, then, known).tolist() == [2.5, 16.0]
+
+
+SMALL_OCM = {"strategy": {"replay": 12, "width": 16, "lr": 0.01, "similarity": 0.5, "decay": 0.01}}
+
+
+def plain_pairs(u: Tensor, z: Tensor, start: int) -> Tensor:
+    return u @ u.T + u @ z[:, start : start + u.shape[1]].T
+
+
+def test_a_trace_of_ocm_over_the_boundary_equals_the_method_written_out() -> None:
+    """Losses of five steps and the weights after them, in the first task and in the second, the draws being those of a twin."""
+    made, twin = toy("ocm", (3,), SMALL_OCM), toy("ocm", (3,), SMALL_OCM)
+    net, strategy = copy.deepcopy(twin.strategy.net.net), twin.strategy
+    adam = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.01)
+    previous = copy.deepcopy(net)
+
+    def views(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        whole = turned(batch, 4)
+        return whole["x"][0], torch.cat([whole["x"], strategy.env.augment(whole)["x"]], 1)[0], whole["y"][0]
+
+    def project(one: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = one.encoder(x)
+        return nn.functional.normalize(one.projection(features)), nn.functional.normalize(features)
+
+    for number, step in enumerate([0, 1, 20, 21, 22]):
+        new = made.stream.batch(step)
+        if step < 20:
+            _, x, labels = views(new)
+            u, z = project(net, x)
+            similarity = plain_pairs(u, z, int(strategy.rng.below(16, 1)))
+            expected = losses.pair_contrast(similarity, torch.cat([labels, labels]), 0.07)
+            logits = net(strategy.env.augment(new)["x"][0])
+            expected = expected + nn.functional.cross_entropy(logits, new["y"][0])
+        else:
+            old = strategy.memory.sample(12)
+            (_, x, labels), (bare, x_m, labels_m) = views(new), views(old)
+            u, z = project(net, torch.cat([x, x_m]))
+            size = len(x)
+            first = 0.5 * plain_pairs(u[:size], z[:size], int(strategy.rng.below(16, 1)))
+            second = 0.5 * plain_pairs(u[size:], z[size:], int(strategy.rng.below(16, 1)))
+            past = project(previous, bare)[0].detach()
+            expected = losses.pair_contrast(first, torch.cat([labels, labels]), 0.07)
+            expected = expected + losses.label_contrast(second, torch.cat([labels_m, labels_m]), 0.07)
+            expected = expected + losses.label_contrast(u[size : size + len(bare)] @ past.T, labels_m, 0.07)
+            logits = net(strategy.env.augment(old)["x"][0])
+            expected = expected + nn.functional.cross_entropy(logits, old["y"][0])
+            taught = previous(strategy.env.augment(old)["x"][0]).detach()
+            expected = expected + nn.functional.mse_loss(logits[:, :2], taught[:, :2])
+        adam.zero_grad()
+        expected.backward()
+        adam.step()
+        strategy.memory.add(new)
+        loss = made.strategy.observe(new)["loss"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5), f"step {step}"
+        if number == 1:
+            previous = copy.deepcopy(net)
+            made.strategy.boundary()
+    assert made.strategy.taught.tolist() == [[True, True, False, False]]
+    assert_same_weights(made, net)
+
+
+def test_the_previous_net_of_ocm_changes_at_boundaries_only() -> None:
+    made = toy("ocm", (0, 1), SMALL_OCM)
+    before = [value.clone() for value in made.strategy.previous.parameters()]
+    testing.train(made, 0, 5)
+    assert all(torch.equal(a, b) for a, b in zip(before, made.strategy.previous.parameters(), strict=True))
+    made.strategy.boundary()
+    after = zip(made.strategy.net.parameters(), made.strategy.previous.net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in after)
+
+
+def test_ocm_refuses_what_it_cannot_learn_from_in_one_line() -> None:
+    for settings in (
+        {"stream": {"announces": False}, **SMALL_OCM},
+        {"strategy": {"width": 33}},
+    ):
+        with pytest.raises(BadConfig):
+            toy("ocm", (0,), settings)
+    with pytest.raises(BadConfig):
+        OCMConfig(review="each")

@@ -17,6 +17,7 @@ SMALL_STEPS = {"strategy": {"lr": 0.01}}  # sharp cosines on a perceptron withou
 LARGE_STEPS = {"strategy": {"lr": 0.1}, "augment": []}  # 40 steps; images of 8 pixels do not survive shift:4
 NO_CROPS = {"augment": ["jitter:1"]}  # of 8 pixels, in 40 steps
 FEW_ROWS = {"strategy": {"capacity": 40, "epochs": 20}}
+NARROW = {"strategy": {"replay": 32, "width": 16, "lr": 0.03}, **NO_CROPS}
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
 TOYS = {
     "aser": SMALL_MEMORY,
@@ -26,6 +27,7 @@ TOYS = {
     "gdumb": FEW_ROWS,
     "gss": SMALL_MEMORY,
     "hpcr": SMALL_STEPS,
+    "ocm": NARROW,
     "pcr": SMALL_STEPS,
 }
 
