@@ -5,7 +5,7 @@ Class-Incremental Continual Learning", and its code.
 Symbols: B_n -> new, B_M -> old, M -> memory, B_I -> both and its augmented view, tau -> tau.
 Departures: paper and code differ in the temperature, 0.1 in the paper's settings and 0.07 in the code's own, which is the
 default here; the review that the paper's settings add is off by default (`review=each`); a class without a sample in the
-memory is never answered, where the code answers a random direction.
+memory is never answered, where the code answers a random direction; the reservoir is the textbook's (`rule=frozen`: the code's).
 """
 
 from __future__ import annotations
