@@ -8,8 +8,10 @@ Departures: as in the released code, F is estimated from squared gradients of wh
 gradient per sample), summed over `every` steps, and alpha = 0.9 is the weight of the newest estimate, although its option is
 called a decay. Only the cross-entropy enters F, as in the original; the online code line (Mai et al. 2022) adds the penalty's
 gradient. Steps are counted over the whole stream, which gives the code's schedule when a task is a multiple of `every`.
-Learning rate: gradient descent on the penalty is stable only if lr * lambda < 1, so the 0.1 of the other strategies cannot go
-with lambda = 100; 0.001 is the largest that can of those the code line searches. An unstable pair is refused (ours).
+A plain gradient step on the penalty throws weights ever further out once lr * lambda is 1 or more, so the learning rate of the
+other strategies cannot go with lambda = 100. By default the penalty is therefore taken implicitly (ours): theta' minimises
+lr <gradient, theta'> + |theta' - theta|^2 / 2 + lr lambda sum_i F_i (theta'_i - theta*_i)^2, which is stable for any pair and the
+same to first order. `implicit=false` is the plain step of the codes, and refuses an unstable pair.
 """
 
 from __future__ import annotations
@@ -38,18 +40,19 @@ TINY = 1e-32  # added to the range of the Fisher information, which is 0 before 
 class EWCConfig:
     """Settings of online EWC."""
 
-    lr: float = 0.001  # learning rate of SGD; times strength below 1
+    lr: float = 0.1  # learning rate of SGD
     strength: float = 100.0  # of the penalty
     alpha: float = 0.9  # weight of the newest Fisher estimate in the running one
     every: int = 50  # steps per estimate
+    implicit: bool = True  # take the penalty where the step leads, not where it starts
 
     def __post_init__(self) -> None:
         at_least(self, lr=0, strength=0, every=1)
         within(self, 0, 1, "alpha")
-        if self.lr * self.strength >= 1:
+        if not self.implicit and self.lr * self.strength >= 1:
             raise BadConfig(
-                f"lr * strength is {self.lr * self.strength:g}; from 1 on the penalty throws weights further out at every step; "
-                f"use a strategy.lr below {1 / self.strength:g} or a strategy.strength below {1 / self.lr:g}"
+                f"lr * strength is {self.lr * self.strength:g}; from 1 on a plain step is unstable; use a strategy.lr below "
+                f"{1 / self.strength:g}, a strategy.strength below {1 / self.lr:g}, or strategy.implicit=true"
             )
 
 
@@ -85,7 +88,9 @@ class EWC(Strategy):
         loss = cross_entropy(self.net(view["x"]), view["y"])  # [R]
         slope = gradient(loss, self.net)  # [R, P]
         away = self.weights() - self.anchor
-        put(slope + 2 * self.cfg.strength * self.importance * away, self.net)
+        pull = 2 * self.cfg.strength * self.importance
+        shorter = 1 + self.cfg.lr * pull if self.cfg.implicit else 1.0
+        put((slope + pull * away) / shorter, self.net)
         self.sgd.step()
         self.estimate(slope)
         penalty = self.cfg.strength * (self.importance * away.square()).sum(1)

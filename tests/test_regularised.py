@@ -131,8 +131,9 @@ def test_during_the_first_task_lwf_is_fine_tuning_to_the_bit() -> None:
 # online EWC
 
 
-def test_a_trace_of_ewc_over_the_boundary_equals_the_method_written_out() -> None:
-    made = toy("ewc", (3,), EWC)
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_trace_of_ewc_over_the_boundary_equals_the_method_written_out(implicit: bool) -> None:
+    made = toy("ewc", (3,), {"strategy": {**EWC["strategy"], "implicit": implicit}})
     net, boundary = copy.deepcopy(made.strategy.net.net), len(made.stream) // 2
     slopes: list[list[float]] = []
     anchor, importance = None, None
@@ -142,12 +143,20 @@ def test_a_trace_of_ewc_over_the_boundary_equals_the_method_written_out() -> Non
         expected = -scores.log_softmax(1)[torch.arange(10), new["y"][0]].mean()
         parts = torch.autograd.grad(expected, list(net.parameters()), retain_graph=True)
         slopes.append(torch.cat([part.flatten() for part in parts]).tolist())
-        if anchor is not None:
+        if anchor is None:
+            descend(net, expected, 0.05)
+        else:
             penalty = torch.zeros(())
             for parameter, kept, matters in zip(net.parameters(), anchor, importance, strict=True):
                 penalty = penalty + (matters * (parameter - kept) ** 2).sum()
             expected = expected + 2.0 * penalty
-        descend(net, expected, 0.05)
+            if implicit:  # where lr * gradient + (theta' - theta) + 2 lr lambda F (theta' - theta*) is zero
+                with torch.no_grad():
+                    for parameter, part, kept, matters in zip(net.parameters(), parts, anchor, importance, strict=True):
+                        k = 2 * 0.05 * 2.0 * matters
+                        parameter.copy_((parameter - 0.05 * part + k * kept) / (1 + k))
+            else:
+                descend(net, expected, 0.05)
         loss = made.strategy.observe(new)["loss"]
         if made.stream.ends_task(step):
             made.strategy.boundary()
@@ -206,9 +215,22 @@ def test_ewc_without_strength_is_fine_tuning_to_the_bit() -> None:
 
 
 def test_an_unstable_pair_of_learning_rate_and_strength_is_refused() -> None:
-    with pytest.raises(BadConfig, match=r"lr \* strength is 10; .* below 0.01 or a strategy.strength below 10"):
-        EWCConfig(lr=0.1, strength=100.0)
-    EWCConfig(lr=0.0099, strength=100.0)
+    with pytest.raises(
+        BadConfig, match=r"lr \* strength is 10; .* below 0.01, a strategy.strength below 10, .*implicit=true"
+    ):
+        EWCConfig(lr=0.1, strength=100.0, implicit=False)
+    EWCConfig(lr=0.0099, strength=100.0, implicit=False)
+
+
+def test_an_implicit_penalty_holds_however_strong_it_is() -> None:
+    made, half = toy("ewc", (0,), {"strategy": {"strength": 1e6, "every": 5}}), 20
+    testing.train(made, 0, half)
+    held = made.strategy.importance > 0.01
+    before = made.strategy.weights()
+    testing.train(made, half, len(made.stream))
+    moved = (made.strategy.weights() - before).abs()
+    assert bool(held.any())
+    assert float(moved[held].max()) < 1e-3 < float(moved[~held].max())
 
 
 # SLDA

@@ -23,7 +23,7 @@ TOYS = {
     "aser": SMALL_MEMORY,
     "derpp": LARGE_STEPS,
     "dvc": NO_CROPS,
-    "ewc": {"strategy": {"lr": 0.1, "strength": 1.0, "every": 5}},  # tasks of 20 steps
+    "ewc": {"strategy": {"every": 5}},  # tasks of 20 steps
     "gdumb": FEW_ROWS,
     "gss": SMALL_MEMORY,
     "hpcr": SMALL_STEPS,
