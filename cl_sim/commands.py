@@ -250,7 +250,7 @@ def _listed(kind: str, folder: Path) -> list[tuple[str, str]]:
             (run.name, f"{store.status(run)}, seeds {store.record_of(run)['seeds']}") for run in store.all_runs(folder)
         ]
     if kind == "presets":
-        return [(name, preset.about(name)) for name in preset.names()]
+        return list(preset.about().items())
     if kind in ("strategies", "streams"):
         one = "strategy" if kind == "strategies" else "stream"
         return [(name, _first_line(sys.modules[registry.load(one, name).__module__])) for name in registry.names(one)]

@@ -20,11 +20,13 @@ def names() -> list[str]:
     return list(_all())
 
 
-def about(name: str) -> str:
-    """The first line of the setting's file, with the memory size."""
-    path, _, capacity = _all()[name]
-    first = path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
-    return first + (f", memory of {capacity}" if capacity else "")
+def about() -> dict[str, str]:
+    """Every preset's name and what it is: the first line of the setting's file, with the memory size."""
+    said = {}
+    for name, (path, _, capacity) in _all().items():
+        first = path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
+        said[name] = first + (f", memory of {capacity}" if capacity else "")
+    return said
 
 
 def read(name: str) -> dict[str, Any]:

@@ -64,9 +64,9 @@ def _settings(cls: Any) -> list[str]:
 
 def load(kind: str, name: str) -> Any:
     """The class registered under a name.    Raises: UnknownName."""
-    points = _points(kind)
     if name in _files(kind):
         return _only_class(importlib.import_module(f"{PACKAGES[kind]}.{name}"), kind)
+    points = _points(kind)  # reads the metadata of every installed package
     if name in points:
         return points[name].load()
     raise UnknownName(kind, name, names(kind), f"cl-sim list {PACKAGES[kind]}")

@@ -48,9 +48,8 @@ def knn_shapley(
     Source: Jia et al. 2019, "Efficient Task-Specific Data Valuation for Nearest Neighbor Algorithms", theorem 1.
     """
     valid = torch.ones_like(cand_labels, dtype=torch.bool) if cand_valid is None else cand_valid
-    distance = (
-        (eval_features[:, None] - cand_features).square().sum(2).masked_fill(~valid, torch.inf)
-    )  # padding comes last
+    apart = (eval_features[:, None] - cand_features).square().sum(2)  # [E, N]
+    distance = apart.masked_fill(~valid, torch.inf)  # padding comes last
     hit = (eval_labels[:, None] == cand_labels) & valid  # [E, N]
     order = distance.argsort(dim=1, stable=True)
     right = hit.gather(1, order).to(torch.promote_types(distance.dtype, torch.float32))  # 1[y_j = y_e], nearest first
@@ -93,9 +92,7 @@ class ASERConfig(ReplayConfig):
 
     per_class: float = 2.0  # memory samples per class in each set; 9 for CIFAR-10, 3 for Mini-ImageNet
     neighbours: int = 3  # of the classifier that samples are valued for
-    score: Literal["asvm", "asv"] = (
-        "asvm"  # value to the memory less value to the new batch: means, or largest less smallest
-    )
+    score: Literal["asvm", "asv"] = "asvm"  # value to the memory less that to the new batch: means, or extremes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,9 +168,8 @@ class ASER(Strategy):
     def places(self, new: Batch) -> Tensor:
         """The row that each new sample takes, or M.    Shapes: -> [R, B]."""
         capacity = self.cfg.capacity
-        share = (new["y"][..., None] == self.memory.rows()["y"][:, None]).sum(
-            2
-        ) / capacity  # of each sample's class [R, B]
+        alike = new["y"][..., None] == self.memory.rows()["y"][:, None]  # [R, B, M]
+        share = alike.sum(2) / capacity  # of each sample's class
         rare = share < self.rng.uniform(1) / self.env.classes
         judges = self.sample_each()
         allowed = ~self.memory.mark(judges["slot"], judges["valid"])

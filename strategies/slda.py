@@ -35,9 +35,7 @@ class SLDAConfig:
     """Settings of streaming linear discriminant analysis."""
 
     shrinkage: float = 1e-4  # share of the target in the covariance that is inverted
-    target: Literal["identity", "variance"] = (
-        "identity"  # the identity, or the identity times the features' mean variance
-    )
+    target: Literal["identity", "variance"] = "identity"  # or the identity times the features' mean variance
 
     def __post_init__(self) -> None:
         at_least(self, shrinkage=1e-12)
