@@ -343,6 +343,23 @@ def test_a_file_that_is_no_database_is_refused_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 15
 
 
+def test_a_stop_while_mlflow_makes_its_tables_leaves_no_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic.runtime.migration import HeadMaintainer
+
+    def stopped(self: HeadMaintainer, step: object) -> None:
+        raise KeyboardInterrupt  # the step's table is made, but not yet noted as made
+
+    run_dir, uri = make_run(tmp_path, "er", 0.5), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadMaintainer, "update_to_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            ours.sync(run_dir, uri)
+    ours.sync(run_dir, uri)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["er", "mlartifacts", "mlflow.db"]
+
+
 def test_a_store_that_answers_again_is_told_everything_and_the_user_so(
     tmp_path: Path, client: Any, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,10 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -338,15 +339,28 @@ def _client(uri: str) -> Any:
             logging.getLogger(name).setLevel(level)
     database = database_file(uri)
     if database is not None:
-        _check_database(database)
+        _prepare_database(database)
     return MlflowClient(tracking_uri=uri)
 
 
-def _check_database(database: Path) -> None:
-    """Fail at once on a file that is no database or cannot be made: MLflow would try again for minutes."""
+def _prepare_database(database: Path) -> None:
+    """Make the database if there is none. Fail at once on a file that is none: MLflow would try again for minutes."""
     database.parent.mkdir(parents=True, exist_ok=True)
+    if not database.exists():
+        _make_database(database)
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def _make_database(database: Path) -> None:
+    """Make MLflow's tables under another name: it makes them in many steps, and cannot go on from the middle of them."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with TemporaryDirectory(prefix=f"{database.name}.", dir=database.parent) as folder:
+        draft = Path(folder) / "new.db"
+        SqlAlchemyStore(f"sqlite:///{draft}", (database.parent / "mlartifacts").as_uri()).engine.dispose()
+        with suppress(FileExistsError):  # another process was faster
+            database.hardlink_to(draft)
 
 
 def _experiment(client: Any, uri: str) -> str:
