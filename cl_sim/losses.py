@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from cl_sim.encoders.classifier import unit
 
 Contrast = Literal["proxy", "one", "all"]
+Similarity = Literal["dot", "cos"]
+SHORTEST = 1e-8  # a row that is shorter than this is divided by it instead of by its norm
 
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:
@@ -154,3 +156,84 @@ def _log_shares(similarity: Tensor, tau: float, itself: bool) -> Tensor:
         return (similarity / tau).log_softmax(1)
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     return (similarity / tau).masked_fill(own, -torch.inf).log_softmax(1).masked_fill(own, 0)
+
+
+def info_nce(x: Tensor, y: Tensor, tau: float, similarity: Similarity = "dot", labels: Tensor | None = None) -> Tensor:
+    """Contrast of two views of B samples: each of the 2B rows finds its other view among the rows of both views.
+
+    With labels, rows of the anchor's own label are no negatives; an anchor without negatives is left out, and the loss is 0 if
+    all are (also for a single sample).
+
+    Shapes: x and y [B, D], labels [B] -> [].
+    Source: Qin et al. 2023, "Meta-optimized Contrastive Learning for Sequential Recommendation", as released (the mean over
+    the 2B rows, where the paper adds two directions); labels and cosines are ours.
+    """
+    scores, negative = _pairs(x, y, tau, similarity, labels)  # [2B, 2B]
+    positive = _positives(scores)
+    itself_and_kin = ~(negative | _partner(len(x), x.device))
+    per_row = scores.masked_fill(itself_and_kin, -torch.inf).logsumexp(1) - positive
+    return _mean_where(per_row, negative.any(1))
+
+
+def margin_regulariser(
+    x: Tensor,
+    y: Tensor,
+    tau: float = 1.0,
+    similarity: Similarity = "dot",
+    labels: Tensor | None = None,
+    scope: Literal["row", "batch"] = "row",
+) -> Tensor:
+    """How far the positives lie above, and the negatives below, the margin between them; 0 for a single sample.
+
+    With p the positive of a row and m its largest negative, lo is the smaller of the two and hi the larger: the mean of p - lo
+    over the rows plus the mean of hi - n over all negatives n, each cut at 0. It is 0 when all similarities are equal, so
+    it belongs beside a contrast that spreads the rows; alone it would collapse them.
+
+    `scope="batch"` takes the smallest positive and the largest negative of the whole batch for every row. Labels leave out
+    negatives as in `info_nce`.
+
+    Shapes: x and y [B, D], labels [B] -> [].
+    Source: Qin et al. 2023, "Meta-optimized Contrastive Learning for Sequential Recommendation": as released by rows, as
+    printed over the batch.
+    """
+    scores, negative = _pairs(x, y, tau, similarity, labels)
+    counted = negative.any(1)  # [2B]
+    positive = _positives(scores)
+    least = positive
+    most = scores.masked_fill(~negative, -torch.inf).amax(1)
+    if scope == "batch":
+        least = positive.masked_fill(~counted, torch.inf).amin(keepdim=True)
+        most = most.amax(keepdim=True)
+    most = torch.where(most.isinf(), positive, most)  # no negatives: no margin
+    least = torch.where(least.isinf(), positive, least)
+    low, high = torch.minimum(least, most), torch.maximum(least, most)  # [2B]
+    above = (positive - low).relu()
+    below = (high[:, None] - scores).relu()
+    return _mean_where(above, counted) + _mean_where(below, negative)
+
+
+def _pairs(x: Tensor, y: Tensor, tau: float, similarity: Similarity, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Similarities over tau of all rows of both views, and which of them are negatives.    Shapes: -> [2B, 2B] both."""
+    rows = torch.cat([x, y])
+    if similarity == "cos":
+        rows = F.normalize(rows, dim=1, eps=SHORTEST)
+    negative = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    if labels is not None:
+        negative = negative & (labels[:, None] != labels)
+    return rows @ rows.T / tau, negative.tile(2, 2)
+
+
+def _partner(size: int, device: torch.device) -> Tensor:
+    """Which entry of each row is its other view.    Shapes: -> [2B, 2B] bool."""
+    return torch.eye(2 * size, dtype=torch.bool, device=device).roll(size, 0)
+
+
+def _positives(scores: Tensor) -> Tensor:
+    """Each row's similarity to its other view.    Shapes: [2B, 2B] -> [2B]."""
+    half = len(scores) // 2
+    return torch.cat([scores.diagonal(half), scores.diagonal(-half)])
+
+
+def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean over the counted entries; 0 if there are none.    Shapes: same, same -> []."""
+    return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
