@@ -59,3 +59,8 @@ def margin_regulariser(
         above.append(max(p - low, 0))
         below += [max(high - n, 0) for n in negatives]
     return mean(above) + mean(below)
+
+
+def crop(items: Sequence[int], start: int, left: int) -> list[int]:
+    stretch = list(items[start : start + left])
+    return stretch + [0] * (len(items) - left)

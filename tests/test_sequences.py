@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import references_sequences as references
 import torch
@@ -12,12 +13,15 @@ from hypothesis.strategies import booleans, integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import losses
+from cl_sim import histories, losses
 from cl_sim.encoders.augmenter import Augmenter
+from cl_sim.histories import History
+from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.testing import NoHostReads
 
 F64 = torch.float64
+ALARM = 4.5  # standard deviations
 seeds = integers(0, 10**6)
 
 
@@ -142,3 +146,130 @@ def test_an_augmenter_has_the_stated_size_and_answers_unit_rows(dim: int, parame
     assert sum(p.numel() for p in net.parameters()) == parameters
     out = net(rows(9, dim, 0).float())
     assert_close(out.norm(dim=1), torch.ones(9), atol=1e-6, rtol=0)
+
+
+# Edits of histories
+
+
+def numbered(length: Tensor, size: int = 50) -> History:
+    """Histories 1, 2, ..., L.    Shapes: length [R, B]."""
+    place = torch.arange(size)
+    return History((place + 1).expand(*length.shape, -1).masked_fill(place >= length[..., None], 0), length)
+
+
+@pytest.mark.parametrize(("length", "counts"), [(2, (1, 1, 1)), (5, (2, 2, 4)), (7, (3, 3, 5)), (50, (25, 25, 40))])
+def test_edits_concern_the_published_number_of_items(length: int, counts: tuple[int, int, int]) -> None:
+    whole = numbered(torch.full((2, 200), length))
+    rng = Rng([0, 1], "test")
+    cropped, hidden, moved = (edit(whole, rng) for edit in (histories.crop, histories.mask, histories.reorder))
+    assert (cropped.length == counts[0]).all()
+    assert ((cropped.items > 0).sum(-1) == counts[0]).all()
+    inside = cropped.items[..., : counts[0]]
+    assert (inside == inside[..., :1] + torch.arange(counts[0])).all()  # consecutive, at the left end
+    assert ((hidden.items == 0).sum(-1) == 50 - length + counts[1]).all()
+    assert ((hidden.items == whole.items) | (hidden.items == 0)).all()
+    assert torch.equal(moved.items.sort(-1).values, whole.items.sort(-1).values)
+    place = torch.arange(50)
+    touched = moved.items != whole.items
+    first, last = (torch.where(touched, place, filler) for filler in (99, -1))
+    assert (last.amax(-1) - first.amin(-1) < counts[2]).all()
+    assert torch.equal(hidden.length, whole.length)
+    assert torch.equal(moved.length, whole.length)
+
+
+@given(seed=seeds, size=integers(2, 9), length=integers(0, 9), ratio=sampled_from([0.1, 0.5, 0.8, 1.0]))
+def test_edits_equal_list_operations(seed: int, size: int, length: int, ratio: float) -> None:
+    length = min(length, size)
+    history, rng = numbered(torch.tensor([[length]]), size), Rng([seed], "test")
+    listed = history.items[0, 0].tolist()
+    concerned = math.floor(length * ratio) if length > 1 else 0
+    left = min(max(concerned, 1), length)
+    start = histories.draw_crop(rng, history.length, ratio)
+    assert 0 <= int(start) <= length - left
+    cut = histories.apply_crop(history, start, ratio)
+    assert cut.items[0, 0].tolist() == references.crop(listed, int(start), left)
+    assert cut.length.item() == left
+    hidden = histories.draw_mask(rng, history.length, size, ratio)[0, 0].tolist()
+    assert sum(hidden) == sum(hidden[:length]) == concerned
+    source = histories.draw_reorder(rng, history.length, size, ratio)[0, 0].tolist()
+    assert sorted(source) == list(range(size))
+    moved = [place for place in range(size) if source[place] != place]
+    assert not moved or max(moved) - min(moved) < concerned
+    assert not moved or max(moved) < length
+
+
+def worst_z(counts: np.ndarray, expected: float, total: int) -> float:
+    """The largest deviation of counts that should all be `expected` of `total`."""
+    share = expected / total
+    return float(np.abs(counts - expected).max() / math.sqrt(expected * (1 - share)))
+
+
+def edit_counts(rng: Rng, batch: int) -> dict[str, np.ndarray]:
+    """How often each outcome came, for histories of length 5."""
+    length = torch.full((rng.runs, batch), 5)
+    edits = histories.draw_edits(rng, batch)
+    order = histories.draw_reorder(rng, torch.full_like(length, 4), 4, 1.0)
+    return {
+        "pair": np.bincount((edits[..., 0] * 3 + edits[..., 1]).flatten(), minlength=9)[[1, 2, 3, 5, 6, 7]],
+        "start of a crop": np.bincount(histories.draw_crop(rng, length).flatten(), minlength=4),
+        "hidden place": histories.draw_mask(rng, length, 5).sum((0, 1)).numpy(),
+        "order": np.unique((order * torch.tensor([64, 16, 4, 1])).sum(-1).flatten().numpy(), return_counts=True)[1],
+    }
+
+
+EXPECTED = {"pair": 1 / 6, "start of a crop": 1 / 4, "hidden place": 2 / 5, "order": 1 / 24}
+
+
+def test_all_outcomes_of_an_edit_are_equally_likely() -> None:
+    rng, batch = Rng(range(40), "test"), 1000
+    counts = edit_counts(rng, batch)
+    assert [len(found) for found in counts.values()] == [6, 4, 5, 24]
+    for name, found in counts.items():  # 39 counts beyond 4.5: a false alarm in 1 of 3700
+        assert worst_z(found, EXPECTED[name] * 40_000, 40_000) < ALARM, name
+
+
+class Coarse(Rng):
+    """Random numbers whose upper half favours small values slightly."""
+
+    def bits(self, *shape: int) -> Tensor:
+        word = super().bits(*shape)
+        lower = super().bits(*shape)
+        return torch.where(lower % 20 == 0, word & ((1 << 62) - 1), word)
+
+
+def test_the_check_of_edits_has_teeth() -> None:
+    counts = edit_counts(Coarse(range(40), "test"), 1000)
+    assert worst_z(counts["pair"], 40_000 / 6, 40_000) > 6
+    assert worst_z(counts["start of a crop"], 10_000, 40_000) > 6
+
+
+def test_two_views_come_from_two_different_edits_and_a_single_item_stays() -> None:
+    length = torch.tensor([[1, 0, 6, 6, 6, 6, 6, 6]]).expand(2, -1)
+    whole, rng = numbered(length, 6), Rng([0, 1], "test")
+    edits = histories.draw_edits(rng, 500)
+    assert (edits[..., 0] != edits[..., 1]).all()
+    for _ in range(20):
+        one, two = histories.two_views(whole, rng)
+        for view in (one, two):
+            assert torch.equal(view.items[:, :2], whole.items[:, :2])
+            assert torch.equal(view.length[:, :2], whole.length[:, :2])
+        cut = [view.length[:, 2:] < 6 for view in (one, two)]
+        hidden = [(view.items[:, 2:] == 0).any(-1) & ~short for view, short in zip((one, two), cut, strict=True)]
+        assert not (cut[0] & cut[1]).any()
+        assert not (hidden[0] & hidden[1]).any()
+        assert (cut[0] | cut[1] | hidden[0] | hidden[1]).all()
+
+
+def test_edits_keep_small_dtypes_are_the_same_alone_and_stacked_and_never_read_the_host() -> None:
+    length = labels(12, 9, 3).view(1, 12).to(torch.int16)
+    whole = numbered(length, 9)
+    whole = History(whole.items.to(torch.int32), whole.length)
+    three = History(whole.items.expand(3, -1, -1), whole.length.expand(3, -1))
+    with NoHostReads():
+        alone = histories.two_views(whole, Rng([5], "test"))
+        stacked = histories.two_views(three, Rng([4, 5, 6], "test"))
+    for one, many in zip(alone, stacked, strict=True):
+        assert one.items.dtype == torch.int32
+        assert one.length.dtype == torch.int16
+        assert torch.equal(one.items[0], many.items[1])
+        assert torch.equal(one.length[0], many.length[1])
