@@ -64,3 +64,59 @@ def margin_regulariser(
 def crop(items: Sequence[int], start: int, left: int) -> list[int]:
     stretch = list(items[start : start + left])
     return stretch + [0] * (len(items) - left)
+
+
+def affine(weights: Matrix, bias: Vector, x: Vector) -> list[float]:
+    return [dot(row, x) + b for row, b in zip(weights, bias, strict=True)]
+
+
+def normed(x: Vector, scale: Vector, shift: Vector) -> list[float]:
+    middle = mean(x)
+    spread = math.sqrt(mean([(value - middle) ** 2 for value in x]) + 1e-12)
+    return [s * (value - middle) / spread + b for value, s, b in zip(x, scale, shift, strict=True)]
+
+
+def gelu(x: float) -> float:
+    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+
+def attend(queries: Matrix, keys: Matrix, values: Matrix, items: Sequence[int]) -> list[list[float]]:
+    """One head over one history."""
+    out = []
+    for t, query in enumerate(queries):
+        scores = [
+            dot(query, key) / math.sqrt(len(query)) + (0 if j <= t and items[j] != 0 else -10_000)
+            for j, key in enumerate(keys)
+        ]
+        whole = log_of_sum(scores)
+        shares = [math.exp(score - whole) for score in scores]
+        out.append([dot(shares, [value[w] for value in values]) for w in range(len(query))])
+    return out
+
+
+def sasrec(state: dict, layers: int, heads: int, items: Sequence[int]) -> list[list[float]]:
+    """The output at every place of one history, from the weights as lists."""
+
+    def linear(name: str, rows: Matrix) -> list[list[float]]:
+        return [affine(state[f"{name}.weight"], state[f"{name}.bias"], row) for row in rows]
+
+    def norm(name: str, rows: Matrix) -> list[list[float]]:
+        return [normed(row, state[f"{name}.weight"], state[f"{name}.bias"]) for row in rows]
+
+    def plus(one: Matrix, two: Matrix) -> list[list[float]]:
+        return [[a + b for a, b in zip(u, v, strict=True)] for u, v in zip(one, two, strict=True)]
+
+    x = norm("norm", plus([state["table.weight"][i] for i in items], state["position.weight"][: len(items)]))
+    width = len(x[0]) // heads
+    for number in range(layers):
+        at = f"layers.{number}."
+        parts = [linear(at + part, x) for part in ("query", "key", "value")]
+        found = []
+        for head in range(heads):
+            cut = slice(head * width, (head + 1) * width)
+            found.append(attend(*([row[cut] for row in part] for part in parts), items))
+        joined = [[value for head in found for value in head[t]] for t in range(len(items))]
+        x = norm(at + "attended", plus(x, linear(at + "merge", joined)))
+        wide = [[gelu(value) for value in row] for row in linear(at + "widen", x)]
+        x = norm(at + "fed", plus(x, linear(at + "narrow", wide)))
+    return x

@@ -15,9 +15,11 @@ from torch.testing import assert_close
 
 from cl_sim import histories, losses
 from cl_sim.encoders.augmenter import Augmenter
+from cl_sim.encoders.transformer import Dropout, SASRec, SASRecConfig, draw_noise
+from cl_sim.errors import BadConfig
 from cl_sim.histories import History
 from cl_sim.rng import Rng
-from cl_sim.runs import per_run
+from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads
 
 F64 = torch.float64
@@ -273,3 +275,118 @@ def test_edits_keep_small_dtypes_are_the_same_alone_and_stacked_and_never_read_t
         assert one.length.dtype == torch.int16
         assert torch.equal(one.items[0], many.items[1])
         assert torch.equal(one.length[0], many.length[1])
+
+
+# The encoder
+
+SMALL = {"items": 9, "dim": 6, "layers": 2, "heads": 2, "inner": 8, "length": 5, "dropout": 0.4}
+
+
+def small_net(seed: int = 0, spread: float = 0.5) -> SASRec:
+    """A net whose weights are far from 0, so that every part matters."""
+    torch.manual_seed(seed)
+    net = SASRec(**SMALL).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=spread)
+    return net
+
+
+def test_the_encoder_has_the_published_size_and_start() -> None:
+    torch.manual_seed(0)
+    net = SASRec(12_101, 64, 2, 2, 256, 50, 0.5)
+    assert sum(p.numel() for p in net.parameters()) == 877_888
+    for name, parameter in net.state_dict().items():
+        if "bias" in name:
+            assert not parameter.any(), name
+        elif "norm" in name or "attended" in name or "fed" in name:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.02 * 6 / math.sqrt(2 * parameter.numel())  # six standard errors
+            assert abs(float(parameter.std()) - 0.02) < expected, name
+            assert abs(float(parameter.mean())) < 2 * expected, name
+    assert net.table.weight[0].detach().abs().max() > 0.01  # the padding row is drawn like the others
+
+
+@given(seed=seeds, holes=booleans())
+def test_the_encoder_equals_its_definition_in_loops(seed: int, holes: bool) -> None:
+    net = small_net(seed).eval()
+    length = 1 + labels(3, 5, seed)
+    items = (1 + labels(15, 9, seed)).view(3, 5).masked_fill(torch.arange(5) >= length[:, None], 0)
+    if holes:  # masked views: a history may begin or end with item 0
+        items = items * labels(15, 2, seed + 1).view(3, 5)
+    state = {name: value.tolist() for name, value in net.state_dict().items()}
+    for row in range(3):
+        slow = torch.tensor(references.sasrec(state, 2, 2, items[row].tolist()), dtype=F64)
+        assert_close(net.states(items)[row], slow, rtol=1e-9, atol=1e-9)
+        assert_close(net(items, length)[row], slow[length[row] - 1], rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds, changed=integers(0, 4))
+def test_a_state_depends_on_no_later_item(seed: int, changed: int) -> None:
+    net = small_net(seed).eval()
+    items = (1 + labels(5, 9, seed)).view(1, 5)
+    other = items.clone()
+    other[0, changed] = 1 + other[0, changed] % 9
+    one, two = net.states(items)[0], net.states(other)[0]
+    assert torch.equal(one[:changed], two[:changed])
+    assert not torch.allclose(one[changed], two[changed])
+
+
+def test_the_encoder_has_right_gradients_and_none_for_the_padding_row() -> None:
+    net = small_net().eval()
+    items, length = torch.tensor([[0, 3, 0, 0, 0], [4, 0, 1, 4, 0]]), torch.tensor([2, 4])
+    names = [name for name, _ in net.named_parameters()]
+
+    def out(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, values, strict=True)), (items, length))
+
+    net(items, length).square().sum().backward()
+    assert not net.table.weight.grad[0].any()
+    assert net.table.weight.grad[4].any()
+    values = [parameter.detach() for parameter in net.parameters()]
+    others = [i for i, name in enumerate(names) if name != "table.weight"]  # its row 0 is held
+    held = [value.requires_grad_(i in others) for i, value in enumerate(values)]
+    assert torch.autograd.gradcheck(out, held, fast_mode=True)
+
+
+def test_dropout_follows_its_noise_the_same_alone_and_stacked() -> None:
+    nets = [small_net(seed).train() for seed in range(3)]
+    items = (1 + labels(30, 9, 0)).view(3, 2, 5)
+    length = torch.tensor([[5, 2]] * 3)
+    size = nets[0].noise_size(2)
+    noise = draw_noise(Rng([4, 5, 6], "test"), size)
+    assert noise.shape == (3, 4 * -(-size // 4))
+    assert torch.equal(noise[1], draw_noise(Rng([5], "test"), size)[0])
+    with NoHostReads():
+        stacked = Lift(nets)(items, length, noise)
+    for run in range(3):
+        alone = Lift([nets[run]])(items[run : run + 1], length[:1], noise[run : run + 1])[0]
+        assert_close(stacked[run], alone)
+    again, other = (Lift([nets[0]])(items[:1], length[:1], part) for part in (noise[:1], noise[1:2]))
+    assert torch.equal(again[0], Lift([nets[0]])(items[:1], length[:1], noise[:1])[0])
+    assert not torch.allclose(again, other)
+    nets[0].eval()
+    assert torch.equal(nets[0](items[0], length[0], noise[0]), nets[0](items[0], length[0]))
+
+
+def test_a_lifted_encoder_holds_the_gradient_of_the_padding_row_too() -> None:
+    lifted = Lift([small_net(seed).eval() for seed in range(2)])
+    items, length = torch.tensor([[[0, 3, 0, 0, 0]]]).expand(2, -1, -1), torch.tensor([[2]]).expand(2, -1)
+    lifted(items, length).square().sum().backward()
+    gradient = lifted.weight("table.weight").grad
+    assert not gradient[:, 0].any()
+    assert gradient[:, 3].any(-1).all()
+
+
+def test_dropout_keeps_the_stated_share_and_the_mean() -> None:
+    noise = draw_noise(Rng([0], "test"), 400_000)[0]
+    out = Dropout(0.3, noise)(torch.ones(400_000))
+    z = (float((out == 0).float().mean()) - 0.3) / math.sqrt(0.3 * 0.7 / 400_000)
+    assert abs(z) < ALARM  # false alarm in 1 of 150 000
+    assert_close(out.max(), torch.tensor(1 / 0.7))
+
+
+def test_heads_must_divide_the_features() -> None:
+    with pytest.raises(BadConfig, match="3 heads do not divide"):
+        SASRecConfig(heads=3)
