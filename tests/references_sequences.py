@@ -120,3 +120,25 @@ def sasrec(state: dict, layers: int, heads: int, items: Sequence[int]) -> list[l
         wide = [[gelu(value) for value in row] for row in linear(at + "widen", x)]
         x = norm(at + "fed", plus(x, linear(at + "narrow", wide)))
     return x
+
+
+def rank(scores: Vector, target: int) -> float:
+    if target == 0 or scores[target] == -math.inf:
+        return math.inf
+    place = 1
+    for item, score in enumerate(scores):
+        if item != 0 and score > scores[target]:
+            place += 1
+    return place
+
+
+def ranking(scores: Matrix, targets: Sequence[int], k: int) -> tuple[float, float, float]:
+    """HR@k, NDCG@k, MRR@k of one run and split."""
+    places = [rank(row, target) for row, target in zip(scores, targets, strict=True)]
+    within = [place for place in places if place <= k]
+    total = len(places)
+    return (
+        len(within) / total,
+        math.fsum(1 / math.log2(place + 1) for place in within) / total,
+        math.fsum(1 / place for place in within) / total,
+    )

@@ -18,6 +18,7 @@ from cl_sim.encoders.augmenter import Augmenter
 from cl_sim.encoders.transformer import Dropout, SASRec, SASRecConfig, draw_noise
 from cl_sim.errors import BadConfig
 from cl_sim.histories import History
+from cl_sim.metrics.ranking import Ranking, gains, ranks
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads
@@ -390,3 +391,52 @@ def test_dropout_keeps_the_stated_share_and_the_mean() -> None:
 def test_heads_must_divide_the_features() -> None:
     with pytest.raises(BadConfig, match="3 heads do not divide"):
         SASRecConfig(heads=3)
+
+
+# Rankings
+
+
+@given(n=integers(1, 9), items=integers(1, 12), seed=seeds, k=integers(1, 6))
+def test_rankings_equal_sorting_by_hand(n: int, items: int, seed: int, k: int) -> None:
+    scores = labels(n * (items + 1), 4, seed).view(n, -1).double()  # many ties
+    scores[labels(n * (items + 1), 5, seed + 1).view(n, -1) == 0] = -torch.inf
+    target = 1 + labels(n, items, seed)
+    metric = Ranking((k,))
+    for part in torch.split(torch.arange(n), 4):
+        metric.update(scores[None, part], {"target": target[None, part]})
+    found = metric.result()
+    slow = references.ranking(scores.tolist(), target.tolist(), k)
+    for name, value in zip((f"hr{k}", f"ndcg{k}", f"mrr{k}"), slow, strict=True):
+        assert_close(found[name], torch.tensor([[value]], dtype=F64))
+    assert metric.result()[f"hr{k}"].isnan().all()  # it starts afresh
+
+
+def test_a_ranking_by_hand() -> None:
+    scores = torch.tensor([9.0, 3.0, 5.0, 5.0, 1.0])  # item 0 is padding, 2 and 3 are tied
+    rank = ranks(scores.expand(5, -1), torch.arange(5))
+    assert rank.tolist() == [math.inf, 3, 1, 1, 4]
+    found = gains(rank, (3,))
+    assert found["hr3"].tolist() == [0, 1, 1, 1, 0]
+    assert found["ndcg3"].tolist() == [0, 0.5, 1, 1, 0]
+    assert found["mrr3"].tolist() == [0, 1 / 3, 1, 1, 0]
+
+
+def test_a_broken_model_ranks_nothing_well() -> None:
+    scores = torch.zeros(2, 30)
+    scores[0] = torch.nan
+    scores[1, 4:] = torch.nan
+    assert (ranks(scores, torch.tensor([3, 3])) > 20).all()
+
+
+def test_rankings_count_scored_events_by_split_and_never_read_the_host() -> None:
+    scores = torch.eye(6).expand(2, -1, -1)
+    batch = {
+        "target": torch.tensor([[0, 1, 2, 4, 3, 5], [1, 1, 2, 2, 3, 3]]),
+        "length": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2),
+        "split": torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0]]),
+    }
+    metric = Ranking((1,), runs=2, splits=3)
+    with NoHostReads():
+        metric.update(scores, batch)
+        found = metric.result()["hr1"]
+    assert_close(found, torch.tensor([[1 / 2, 1 / 2, torch.nan], [0, 1, torch.nan]], dtype=F64), equal_nan=True)
