@@ -11,17 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl_sim import checkpoint
+from cl_sim import checkpoint, measure
 from cl_sim.clock import Clock
 from cl_sim.errors import Diverged
+from cl_sim.measure import TESTED
 from cl_sim.meter import Column, Meter
-from cl_sim.metrics.accuracy import Accuracy
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Holdout, Stream
 from cl_sim.tracking.journal import Journal
-from cl_sim.types import Batch
+from cl_sim.types import Batch, Logs
 
-WINDOW = "acc_window"  # test-then-train accuracy of the batches since the last read
+Floats = NDArray[np.float64]
+TEST = "test "  # before the names of test-then-train sums in the logs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Plan:
     def of(cls, stream: Stream, *, per_task: int, prequential: int, flush_every: int, save_every: int) -> Plan:
         """Spread `per_task` evaluations evenly over each task, the last one at its end and in full.
 
-        A stream without evaluation sets is measured test-then-train on every batch.
+        A stream without evaluation sets is measured test-then-train on every batch, and so is a ranking.
         """
         ends = [step for step in range(len(stream)) if stream.ends_task(step)]
         small: set[int] = set()
@@ -50,7 +51,7 @@ class Plan:
             steps=len(stream),
             small=frozenset(small - {-1}) if holdout else frozenset(),
             full=frozenset(ends) if holdout else frozenset(),
-            test_every=prequential if holdout else 1,
+            test_every=prequential if holdout and not measure.of(stream.task).every_batch else 1,
             flush_every=flush_every,
             save_every=save_every,
         )
@@ -77,10 +78,14 @@ class Progress:
     """What the loop knows beside the strategy's state; all of it is in every checkpoint."""
 
     next_step: int = 0
-    hits: list[float] = field(default_factory=list)  # per run: sum of test-then-train accuracies
-    tested: int = 0  # batches tested so far
+    sums: dict[str, list[float]] = field(default_factory=dict)  # test-then-train sums by name, per run
+    late: dict[str, list[float]] = field(default_factory=dict)  # the same over the second half of the stream
     train_seconds: float = 0.0  # time of stream, observe and logs, without evaluation
     timed_steps: int = 0
+
+    def means(self, late: bool = False) -> dict[str, Floats]:
+        """Test-then-train means by name, NaN where nothing was measured.    Shapes: -> each [R]."""
+        return means(self.late if late else self.sums)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def run(
         batch = stream.batch(step)
         if plan.tests(step):
             with clock.paused():
-                meter.add(step, {WINDOW: hit_rate(strategy, batch)})
+                meter.add(step, test(strategy, batch))
         meter.add(step, strategy.observe(batch))
         if stream.announces and stream.ends_task(step):
             strategy.boundary()
@@ -149,25 +154,30 @@ def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place
     checkpoint.save(place.folder, step + 1, {"owner": place.owner, **state})
 
 
-def hit_rate(strategy: Strategy, batch: Batch) -> Tensor:
-    """Test-then-train accuracy of one batch, before it is learned.    Shapes: -> [R]."""
+def test(strategy: Strategy, batch: Batch) -> Logs:
+    """Test-then-train sums of one batch, before it is learned.    Shapes: -> each [R]."""
     strategy.eval()
     with torch.inference_mode():
         answer = strategy.predict(batch)
     strategy.train()
-    return (answer.argmax(-1) == batch["y"]).float().mean(1)
+    sums = measure.of(strategy.env.task).test(answer, batch)
+    return {TEST + name: value for name, value in sums.items()}
 
 
-def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> NDArray[np.float64]:
-    """Accuracy of every run on every split; NaN for a split that was not evaluated.    Shapes: -> [R, S]."""
-    metric = Accuracy(strategy.env.runs, len(holdout.names), strategy.env.device)
+def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> Floats:
+    """The task's main metric (accuracy, or HR@10) of every run on every split; NaN where it was not evaluated.
+
+    Shapes: -> [R, S].
+    """
+    measured = measure.of(strategy.env.task)
+    metric = measured.metric(strategy.env.runs, len(holdout.names), strategy.env.device)
     strategy.eval()
     with torch.inference_mode():
         for chunk in holdout.chunks(step, full):
             metric.update(strategy.predict(chunk), chunk)
     strategy.train()
-    accuracy: NDArray[np.float64] = metric.result()["accuracy"].cpu().numpy()
-    return accuracy
+    found: Floats = metric.result()[measured.matrix].cpu().numpy()
+    return found
 
 
 def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int, full: bool) -> None:
@@ -176,8 +186,9 @@ def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int
     if holdout is None:
         return
     samples = (step + 1) * stream.batch_size
-    accuracy = evaluate(strategy, holdout, step if step >= 0 else len(stream), full)
-    journal.write("evaluation", samples, task_end=full, accuracy=accuracy, seen=stream.seen(step))
+    found = evaluate(strategy, holdout, step if step >= 0 else len(stream), full)
+    name = measure.of(stream.task).name
+    journal.write("evaluation", samples, task_end=full, measure=name, accuracy=found, seen=stream.seen(step))
     memory = getattr(strategy, "memory", None)
     if full and memory is not None and "y" in (rows := memory.rows()):
         journal.write("memory", samples, counts=class_counts(rows, stream.classes))
@@ -200,16 +211,33 @@ def _flush(
     seconds = clock.read()
     progress.train_seconds += seconds
     progress.timed_steps += steps
-    curve = {key: column.values.mean(0) for key, column in columns.items()}
-    if WINDOW in columns:
-        hits = columns[WINDOW].values
-        progress.hits = [float(total) for total in np.add(progress.hits or 0.0, hits.sum(0))]
-        progress.tested += len(hits)
-    if progress.tested:
-        curve["acc_prequential"] = np.array(progress.hits) / progress.tested
+    curve = {key: column.values.mean(0) for key, column in columns.items() if not key.startswith(TEST)}
+    tested = {key.removeprefix(TEST): column for key, column in columns.items() if key.startswith(TEST)}
+    window = {name: [float(total) for total in column.values.sum(0)] for name, column in tested.items()}
+    curve |= {f"{name}_window": value for name, value in means(window).items()}
+    for name, column in tested.items():
+        _add_to(progress.sums, name, column.values)
+        _add_to(progress.late, name, column.values[column.steps >= len(stream) // 2])
+    curve |= {f"{name}_prequential": value for name, value in progress.means().items()}
     speed = steps * stream.batch_size / max(seconds, 1e-9)
     runs = len(next(iter(curve.values()), ()))
     journal.write("curve", (step + 1) * stream.batch_size, values={**curve, "samples_per_second": np.full(runs, speed)})
+
+
+def means(sums: Mapping[str, list[float]]) -> dict[str, Floats]:
+    """Sums over the number of samples they were taken over; NaN over none.    Shapes: -> each [R]."""
+    counts = np.array(sums.get(TESTED, []))
+    return {
+        name: np.divide(total, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+        for name, total in sums.items()
+        if name != TESTED
+    }
+
+
+def _add_to(sums: dict[str, list[float]], name: str, values: Floats) -> None:
+    """Add the rows of a column to a running total.    Shapes: values [K, R]."""
+    before = sums.get(name, [0.0] * values.shape[1])
+    sums[name] = [float(total) for total in np.add(before, values.sum(0))]
 
 
 def _raise_if_diverged(columns: Mapping[str, Column], place: Place) -> None:
@@ -217,7 +245,7 @@ def _raise_if_diverged(columns: Mapping[str, Column], place: Place) -> None:
     if not bad:
         return
     first = min(bad)
-    parts = {key: c.values[c.steps == first] for key, c in columns.items() if key != WINDOW}
+    parts = {key: c.values[c.steps == first] for key, c in columns.items() if not key.startswith(TEST)}
     shown = ", ".join(f"{key} = {', '.join(f'{v:.4g}' for v in rows[0])}" for key, rows in parts.items() if len(rows))
     kept = checkpoint.listed(place.folder)
     last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

@@ -66,7 +66,7 @@ class Job:
             if line["kind"] == "curve":
                 self.shown |= {key: _mean(values) for key, values in line["values"].items()}
             if line["kind"] == "evaluation":
-                self.shown["acc_seen"] = _mean(
+                self.shown[f"{line.get('measure', 'acc')}_seen"] = _mean(
                     [
                         a
                         for row, seen in zip(line["accuracy"], line["seen"], strict=True)
@@ -174,7 +174,12 @@ def _show(job: Job, bars: Progress) -> None:
     if job.bar is None:
         name = f"{record['strategy']} {seeds_in_words(record['groups'][job.group])}"
         job.bar = bars.add_task(name, total=record["data"]["samples"], shown="")
-    keys = {"acc_seen": "accuracy {:.1%}", "loss": "loss {:.2f}", "samples_per_second": "{:.0f}/s"}
+    keys = {
+        "acc_seen": "accuracy {:.1%}",
+        "hr10_seen": "HR@10 {:.1%}",
+        "loss": "loss {:.2f}",
+        "samples_per_second": "{:.0f}/s",
+    }
     shown = " ".join(form.format(job.shown[key]) for key, form in keys.items() if key in job.shown)
     bars.update(job.bar, completed=job.samples, shown=shown)
     quarter = 4 * job.samples // max(record["data"]["samples"], 1)

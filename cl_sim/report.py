@@ -24,12 +24,24 @@ USUAL = (
     "acc_last_task",
     "forgetting_chaudhry",
     "acc_prequential",
+    "hr10_prequential",
+    "ndcg10_prequential",
+    "hr10_second_half",
+    "hr10_end",
     "samples_per_second",
     "memory_bytes",
     "bytes_per_row",
 )
-TERMINAL = ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_prequential", "samples_per_second")  # fit into 80 columns
-SHARES = ("acc", "forgetting", "bwt", "fwt")  # metrics in [-1, 1], shown in percent
+TERMINAL = (
+    "acc_end",
+    "acc_aaa",
+    "forgetting_chaudhry",
+    "acc_prequential",
+    "hr10_prequential",
+    "ndcg10_prequential",
+    "samples_per_second",
+)  # fit into 80 columns
+SHARES = ("acc", "forgetting", "bwt", "fwt", "hr10", "ndcg10")  # metrics in [-1, 1], shown in percent
 LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 COSTS = ("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 UNRANKED = (*COSTS, "acc_last_task")  # never in bold: no method is better for it alone

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from cl_sim import augment, encoders, registry, store
+from cl_sim import augment, encoders, measure, registry, store
 from cl_sim.config import RunConfig, from_dict
 from cl_sim.engine import Place, Plan, Progress, run
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
@@ -150,8 +150,11 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     lines = [line for line in read(folder / "journal.jsonl")[0] if line["kind"] == "evaluation"]
     summaries = [transfer.summary(transfer.record(lines, run)) for run in range(runs)] if lines else [{}] * runs
     values = {key: [summary.get(key, float("nan")) for summary in summaries] for key in summaries[0]}
-    if progress.tested:
-        values["acc_prequential"] = [hits / progress.tested for hits in progress.hits]
+    measured = measure.of(stream.task)
+    values = {key.replace("acc_", f"{measured.name}_", 1): value for key, value in values.items()}
+    values |= {f"{name}_prequential": list(value) for name, value in progress.means().items()}
+    if measured.every_batch:
+        values |= {f"{name}_second_half": list(value) for name, value in progress.means(late=True).items()}
     seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
     costs = {
         "samples_per_second": stream.batch_size / seconds,

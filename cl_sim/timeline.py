@@ -43,9 +43,13 @@ def _labels(stream: Stream) -> NDArray[np.int64]:
         known: NDArray[np.int64] = stream.schedule.labels[0]
         return known
     labels: NDArray[np.int64] = np.concatenate(
-        [stream.batch(step)["y"][0].cpu().numpy() for step in range(len(stream))]
+        [stream.batch(step)[_label(stream)][0].cpu().numpy() for step in range(len(stream))]
     )
     return labels
+
+
+def _label(stream: Stream) -> str:
+    return "target" if stream.task == "rank" else "y"
 
 
 def draw(line: Timeline) -> str:

@@ -91,7 +91,8 @@ def test_test_then_train_accuracy_is_measured_before_learning(tmp_path: Path) ->
             hits.append(float((twin.strategy.predict(batch).argmax(-1) == batch["y"]).float().mean()))
         testing.train(twin, step, step + 1)
     assert progress is not None
-    assert progress.hits[0] == pytest.approx(sum(hits), abs=1e-4)
+    assert progress.sums["acc"][0] == pytest.approx(10 * sum(hits), abs=1e-3)
+    assert progress.sums["tested"] == [10.0 * len(hits)]
     assert lines_of(tmp_path / "a", "curve")[-1]["values"]["acc_prequential"][0] == pytest.approx(
         np.mean(hits), abs=1e-6
     )

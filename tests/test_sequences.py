@@ -13,7 +13,7 @@ from hypothesis.strategies import booleans, integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import histories, losses
+from cl_sim import engine, histories, losses, measure
 from cl_sim.encoders.augmenter import Augmenter
 from cl_sim.encoders.transformer import Dropout, SASRec, SASRecConfig, draw_noise
 from cl_sim.errors import BadConfig
@@ -440,3 +440,32 @@ def test_rankings_count_scored_events_by_split_and_never_read_the_host() -> None
         metric.update(scores, batch)
         found = metric.result()["hr1"]
     assert_close(found, torch.tensor([[1 / 2, 1 / 2, torch.nan], [0, 1, torch.nan]], dtype=F64), equal_nan=True)
+
+
+# What is measured
+
+
+def test_means_are_sums_over_counts_and_nothing_over_nothing() -> None:
+    found = engine.means({"hr10": [3.0, 0.0], "ndcg10": [1.5, 0.0], "tested": [4.0, 0.0]})
+    np.testing.assert_array_equal(found["hr10"], [0.75, np.nan])
+    np.testing.assert_array_equal(found["ndcg10"], [0.375, np.nan])
+    assert engine.means({}) == {}
+
+
+def test_test_then_train_sums_agree_with_the_metric() -> None:
+    scores = rows(40, 31, 0).view(2, 20, 31)
+    batch = {"target": labels(40, 31, 1).view(2, 20), "length": labels(40, 3, 2).view(2, 20)}
+    sums, metric = measure.of("rank").test(scores, batch), Ranking((10,), runs=2)
+    metric.update(scores, batch)
+    whole = metric.result()
+    for name in ("hr10", "ndcg10"):
+        assert_close(sums[name] / sums["tested"], whole[name][:, 0])
+    assert sums["tested"].tolist() == [
+        sum(t > 0 and n > 0 for t, n in zip(*run, strict=True))
+        for run in zip(batch["target"].tolist(), batch["length"].tolist(), strict=True)
+    ]
+
+
+def test_a_task_without_a_measure_is_refused() -> None:
+    with pytest.raises(BadConfig, match="ask to embed"):
+        measure.of("embed")

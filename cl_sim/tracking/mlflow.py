@@ -280,7 +280,7 @@ def values_of(line: Line) -> dict[str, list[float | None]]:
     if line["kind"] == "evaluation":
         pairs = zip(line["accuracy"], line["seen"], strict=True)
         means = [_mean([a for a, s in zip(*pair, strict=True) if s and a is not None]) for pair in pairs]
-        return {"acc_seen": means} if any(mean is not None for mean in means) else {}
+        return {f"{line.get('measure', 'acc')}_seen": means} if any(mean is not None for mean in means) else {}
     return {}
 
 

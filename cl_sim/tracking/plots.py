@@ -29,6 +29,7 @@ def draw_run(run_dir: Path) -> list[Path]:
     if not evaluations:
         return []
     folder.mkdir(exist_ok=True)
+    measured = _measured(run_dir)
     seeds = record["seeds"][: len(evaluations)]
     matrices = [transfer.matrix(one) for one in evaluations]
     content = {str(seed): np.round(matrix, 6).tolist() for seed, matrix in zip(seeds, matrices, strict=True)}
@@ -37,9 +38,10 @@ def draw_run(run_dir: Path) -> list[Path]:
     made = [folder / "matrix.json"]
     shapes = {matrix.shape for matrix in matrices}
     if len(shapes) == 1 and min(shapes.pop()) > 0:
-        title = f"{record['strategy']} on {record['stream']}: accuracy, mean over {len(seeds)} seeds"
-        made.append(matrix_figure(np.mean(matrices, 0), record["splits"], title, folder / "matrix.png"))
-    made.append(anytime_figure({record["strategy"]: _anytime(evaluations)}, folder / "anytime.png"))
+        title = f"{record['strategy']} on {record['stream']}: {measured}, mean over {len(seeds)} seeds"
+        made.append(matrix_figure(np.mean(matrices, 0), record["splits"], title, folder / "matrix.png", measured))
+    curves = {record["strategy"]: _anytime(evaluations)}
+    made.append(anytime_figure(curves, folder / "anytime.png", measured))
     if counts is not None:
         title = f"{record['strategy']} on {record['stream']}: memory of seed {record['seeds'][0]}"
         made.append(memory_figure(*counts, folder / "memory.png", title))
@@ -54,6 +56,14 @@ def _evaluations(run_dir: Path) -> list[transfer.Record]:
         runs = len(evaluations[0]["accuracy"]) if evaluations else 0
         found += [transfer.record(evaluations, run) for run in range(runs)]
     return found
+
+
+def _measured(run_dir: Path) -> str:
+    """What the evaluations hold, in words."""
+    kinds = {
+        line.get("measure", "acc") for lines in _journals(run_dir) for line in lines if line["kind"] == "evaluation"
+    }
+    return "HR@10" if kinds == {"hr10"} else "accuracy"
 
 
 def _memory(run_dir: Path) -> tuple[NDArray[np.int64], Floats] | None:
@@ -80,12 +90,14 @@ def _anytime(evaluations: Sequence[transfer.Record]) -> tuple[NDArray[np.int64],
     return curves[0][0][:length], means, halves
 
 
-def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path) -> Path:
+def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path, measured: str = "accuracy") -> Path:
     """Heat map: a row per task end, a column per split.    Shapes: matrix [T, S]."""
     figure, axes = _figure(WIDTH, 1.2 + 0.45 * min(len(matrix), 12) + 1.0)
     rows, columns = matrix.shape
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
-    image = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto", extent=extent)
+    image = axes.imshow(
+        100 * matrix, vmin=0, vmax=100 if measured == "accuracy" else None, cmap="viridis", aspect="auto", extent=extent
+    )
     if max(matrix.shape) <= LABELLED:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "white" if value < 0.6 else "black"
@@ -96,18 +108,22 @@ def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path) 
     else:
         axes.set(xlabel="split", ylabel="after task")
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, label="accuracy, %")
+    figure.colorbar(image, label=f"{measured}, %")
     return _save(figure, path)
 
 
-def anytime_figure(curves: Mapping[str, tuple[NDArray[np.int64], Floats, Floats]], path: Path) -> Path:
-    """Mean accuracy over seen splits against samples, with its interval; one curve per name."""
+def anytime_figure(
+    curves: Mapping[str, tuple[NDArray[np.int64], Floats, Floats]], path: Path, measured: str = "accuracy"
+) -> Path:
+    """Mean accuracy (or what else is measured) over seen splits against samples, with its interval; one curve per name."""
     figure, axes = _figure(WIDTH, HEIGHT)
     for name, (samples, mean, half) in curves.items():
         (line,) = axes.plot(samples, 100 * mean, label=name)
         known = np.nan_to_num(half)
         axes.fill_between(samples, 100 * (mean - known), 100 * (mean + known), alpha=0.2, color=line.get_color(), lw=0)
-    axes.set(xlabel="samples seen", ylabel="accuracy on seen splits, %", ylim=(0, 100))
+    axes.set(xlabel="samples seen", ylabel=f"{measured} on seen splits, %", ylim=(0, 100))
+    if measured != "accuracy":  # hit rates are small
+        axes.autoscale(axis="y")
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)

@@ -1,0 +1,74 @@
+"""What is measured on a stream, by its task: right answers for classes, the place of the right item for rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cl_sim.errors import BadConfig
+from cl_sim.metrics.accuracy import Accuracy
+from cl_sim.metrics.ranking import Ranking, gains, ranks, scored
+from cl_sim.types import Batch, Logs
+
+TESTED = "tested"  # how many samples of a batch were measured before it was learned
+
+
+class Metric(Protocol):
+    """Sums over chunks of evaluation samples, on the device."""
+
+    def update(self, output: Tensor, batch: Batch) -> None:
+        """Add a chunk."""
+        ...
+
+    def result(self) -> dict[str, Tensor]:
+        """Each metric [R, S]; then starts afresh."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The metric of the evaluation sets, and what is summed when a batch is predicted before it is learned."""
+
+    name: str  # what its summaries begin with
+    matrix: str  # which of the metric's results they are made from
+    metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
+    test: Callable[[Tensor, Batch], Logs]  # sums [R] over a batch by name, and `tested`
+    every_batch: bool = False  # test on every batch, also where there are evaluation sets; report the second half too
+
+
+def accuracy_sums(output: Tensor, batch: Batch) -> Logs:
+    """Right answers of a batch.    Shapes: output [R, B, C], y [R, B] -> each [R]."""
+    hits = (output.argmax(-1) == batch["y"]).float()
+    return {"acc": hits.sum(1), TESTED: torch.ones_like(hits).sum(1)}
+
+
+def ranking_sums(output: Tensor, batch: Batch) -> Logs:
+    """HR@10 and NDCG@10 of the scored events, summed.    Shapes: output [R, B, I + 1], target [R, B] -> each [R]."""
+    counted = scored(batch).double()
+    found = gains(ranks(output, batch["target"]), (10,))
+    return {name: (found[name] * counted).sum(1) for name in ("hr10", "ndcg10")} | {TESTED: counted.sum(1)}
+
+
+MEASURES = {
+    "classify": Measure("acc", "accuracy", Accuracy, accuracy_sums),
+    "rank": Measure(
+        "hr10",
+        "hr10",
+        lambda runs, splits, device: Ranking((10,), runs, splits, device),
+        ranking_sums,
+        every_batch=True,
+    ),
+}
+
+
+def of(task: str) -> Measure:
+    """The measure of a task.    Raises: BadConfig if there is none."""
+    if task not in MEASURES:
+        raise BadConfig(
+            f"streams that ask to {task} cannot be measured yet; there are measures for {', '.join(MEASURES)}"
+        )
+    return MEASURES[task]
