@@ -124,9 +124,10 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     views = registry.load("strategy", settings["strategy"]["name"]).views if "strategy" in settings else ()
     if not encoder.get("name") or (views and "augment" not in settings):
         probe = config.from_dict({**settings, "encoder": {"name": "mlp"}, "stack": 1})
-        samples = session.build_stream(probe, probe.seeds[:1]).fields["x"]
-        encoder["name"] = encoder.get("name") or encoders.default(samples)
-        settings.setdefault("augment", list(views) if len(samples.shape) == 3 else [])
+        samples = session.build_stream(probe, probe.seeds[:1]).fields
+        encoder["name"] = encoder.get("name") or encoders.usual(samples)
+        image = "x" in samples and len(samples["x"].shape) == 3
+        settings.setdefault("augment", list(views) if image else [])
     settings["encoder"] = encoder
     count = len(settings.get("seeds", (0,)))
     small = encoder["name"] == "mlp"

@@ -56,7 +56,7 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
         rng=rng,
         device=device,
         augment=augment.pipeline(config.augment, rng, stream.fields),
-        encoder=lambda: encoders.build(config.encoder.name, config.encoder.config, stream.fields["x"]),
+        encoder=lambda: encoders.make(config.encoder.name, config.encoder.config, stream.fields, stream.classes),
     )
     strategy: Strategy = cls(config.strategy.config, env)
     return strategy

@@ -13,7 +13,7 @@ from hypothesis.strategies import booleans, integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import engine, histories, losses, measure
+from cl_sim import encoders, engine, histories, losses, measure
 from cl_sim.encoders.augmenter import Augmenter
 from cl_sim.encoders.transformer import Dropout, SASRec, SASRecConfig, draw_noise
 from cl_sim.errors import BadConfig
@@ -22,6 +22,7 @@ from cl_sim.metrics.ranking import Ranking, gains, ranks
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads
+from cl_sim.types import Field
 
 F64 = torch.float64
 ALARM = 4.5  # standard deviations
@@ -469,3 +470,16 @@ def test_test_then_train_sums_agree_with_the_metric() -> None:
 def test_a_task_without_a_measure_is_refused() -> None:
     with pytest.raises(BadConfig, match="ask to embed"):
         measure.of("embed")
+
+
+def test_encoders_and_samples_must_fit() -> None:
+    pictures, lists = {"x": Field((3, 8, 8), torch.uint8)}, {"items": Field((20,), torch.int32)}
+    assert encoders.usual(pictures) == "mlp"
+    assert encoders.usual(lists) == "sasrec"
+    made = encoders.make("sasrec", SASRecConfig(dim=8), lists, 31)
+    assert isinstance(made, SASRec)
+    assert (made.items, made.length, made.dim) == (30, 20, 8)
+    with pytest.raises(BadConfig, match=r"encoder.name=sasrec"):
+        encoders.make("mlp", None, lists, 31)
+    with pytest.raises(BadConfig, match=r"encoder.name=mlp"):
+        encoders.make("sasrec", SASRecConfig(), pictures, 10)

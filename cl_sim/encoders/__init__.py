@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-from cl_sim.encoders.base import EncoderConfig, Pixels
-from cl_sim.errors import UnknownName
-from cl_sim.types import Field
+from torch import nn
+
+from cl_sim.encoders.base import Pixels
+from cl_sim.errors import BadConfig, UnknownName
+from cl_sim.types import Field, Fields
 
 
 class Entry(NamedTuple):
@@ -21,6 +23,7 @@ ENCODERS = {
     "mlp": Entry("mlp", "MLPConfig"),
     "reduced_resnet18": Entry("resnet", "ReducedResNet18Config"),
     "resnet18": Entry("resnet", "ResNet18Config"),
+    "sasrec": Entry("transformer", "SASRecConfig"),
 }
 OTHERS = Entry("torchvision", "NamedModelConfig")
 SMALLEST_IMAGE = 28  # pixels; below, a perceptron is the default
@@ -31,11 +34,25 @@ def names() -> list[str]:
     return [*ENCODERS, "torchvision:NAME", "timm:NAME"]
 
 
-def config_class(name: str) -> type[EncoderConfig]:
+def config_class(name: str) -> type:
     """The settings of an encoder.    Raises: UnknownName; ClSimError for a timm model without timm."""
     entry = _entry(name)
-    found: type[EncoderConfig] = getattr(_module(entry), entry.config)
+    found: type = getattr(_module(entry), entry.config)
     return found
+
+
+def make(name: str, cfg: Any, fields: Fields, classes: int) -> nn.Module:
+    """A fresh encoder for the samples of a stream: of its `x`, or of its histories of `items`.
+
+    Raises: UnknownName; BadConfig for samples that the encoder cannot take.
+    """
+    if ("items" in fields) != (name == "sasrec"):
+        kind, fit = ("histories of items", "sasrec") if "items" in fields else ("no histories of items", "mlp")
+        raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
+    if name != "sasrec":
+        return build(name, cfg, fields["x"])
+    sequence: nn.Module = _module(ENCODERS[name]).build(cfg, classes - 1, fields["items"].shape[0])
+    return sequence
 
 
 def build(name: str, cfg: Any, field: Field) -> Pixels:
@@ -50,8 +67,13 @@ def build(name: str, cfg: Any, field: Field) -> Pixels:
     return Pixels(made, cfg, field)
 
 
+def usual(fields: Fields) -> str:
+    """What a stream gets if nothing is named: a transformer for histories of items, else what its samples need."""
+    return "sasrec" if "items" in fields else default(fields["x"])
+
+
 def default(field: Field) -> str:
-    """What a stream gets if nothing is named: the reduced ResNet-18 for images of 28 pixels or more, else a perceptron."""
+    """For samples of this field: the reduced ResNet-18 for images of 28 pixels or more, else a perceptron."""
     image = len(field.shape) == 3 and min(field.shape[1:]) >= SMALLEST_IMAGE
     return "reduced_resnet18" if image else "mlp"
 

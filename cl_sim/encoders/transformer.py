@@ -150,3 +150,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=SPREAD)  # row 0 of the table too
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+def build(cfg: SASRecConfig, items: int, length: int) -> SASRec:
+    """An encoder for histories of at most `length` of these items."""
+    return SASRec(items, cfg.dim, cfg.layers, cfg.heads, cfg.inner, length, cfg.dropout)
