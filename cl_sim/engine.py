@@ -40,7 +40,8 @@ class Plan:
     def of(cls, stream: Stream, *, per_task: int, prequential: int, flush_every: int, save_every: int) -> Plan:
         """Spread `per_task` evaluations evenly over each task, the last one at its end and in full.
 
-        A stream without evaluation sets is measured test-then-train on every batch, and so is a ranking.
+        A stream without evaluation sets is measured test-then-train on every batch, and so is a ranking
+        unless that is switched off.
         """
         ends = [step for step in range(len(stream)) if stream.ends_task(step)]
         small: set[int] = set()
@@ -51,7 +52,7 @@ class Plan:
             steps=len(stream),
             small=frozenset(small - {-1}) if holdout else frozenset(),
             full=frozenset(ends) if holdout else frozenset(),
-            test_every=prequential if holdout and not measure.of(stream.task).every_batch else 1,
+            test_every=_test_every(stream, prequential),
             flush_every=flush_every,
             save_every=save_every,
         )
@@ -147,6 +148,12 @@ def run(
     return progress
 
 
+def _test_every(stream: Stream, prequential: int) -> int:
+    if stream.holdout() is None:
+        return 1
+    return min(prequential, 1) if measure.of(stream.task).every_batch else prequential
+
+
 def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place: Place) -> None:
     _raise_if_diverged(meter.read(), place)
     progress.next_step = step + 1
@@ -169,6 +176,11 @@ def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> Flo
 
     Shapes: -> [R, S].
     """
+    return evaluate_all(strategy, holdout, step, full)[measure.of(strategy.env.task).matrix]
+
+
+def evaluate_all(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> dict[str, Floats]:
+    """Every metric of the task, the main one among them, as `evaluate`.    Shapes: -> each [R, S]."""
     measured = measure.of(strategy.env.task)
     metric = measured.metric(strategy.env.runs, len(holdout.names), strategy.env.device)
     strategy.eval()
@@ -176,8 +188,7 @@ def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> Flo
         for chunk in holdout.chunks(step, full):
             metric.update(strategy.predict(chunk), chunk)
     strategy.train()
-    found: Floats = metric.result()[measured.matrix].cpu().numpy()
-    return found
+    return {name: value.cpu().numpy() for name, value in metric.result().items()}
 
 
 def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int, full: bool) -> None:
@@ -186,9 +197,10 @@ def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int
     if holdout is None:
         return
     samples = (step + 1) * stream.batch_size
-    found = evaluate(strategy, holdout, step if step >= 0 else len(stream), full)
-    name = measure.of(stream.task).name
-    journal.write("evaluation", samples, task_end=full, measure=name, accuracy=found, seen=stream.seen(step))
+    found = evaluate_all(strategy, holdout, step if step >= 0 else len(stream), full)
+    measured = measure.of(stream.task)
+    rest = {"measure": measured.name, "accuracy": found.pop(measured.matrix), **found}
+    journal.write("evaluation", samples, task_end=full, seen=stream.seen(step), **rest)
     memory = getattr(strategy, "memory", None)
     if full and memory is not None and "y" in (rows := memory.rows()):
         journal.write("memory", samples, counts=class_counts(rows, stream.classes))

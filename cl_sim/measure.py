@@ -37,7 +37,7 @@ class Measure:
     matrix: str  # which of the metric's results they are made from
     metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
     test: Callable[[Tensor, Batch], Logs]  # sums [R] over a batch by name, and `tested`
-    every_batch: bool = False  # test on every batch, also where there are evaluation sets; report the second half too
+    every_batch: bool = False  # test on all batches if on any, and report the stream's second half too
 
 
 def accuracy_sums(output: Tensor, batch: Batch) -> Logs:
@@ -58,7 +58,7 @@ MEASURES = {
     "rank": Measure(
         "hr10",
         "hr10",
-        lambda runs, splits, device: Ranking((10,), runs, splits, device),
+        lambda runs, splits, device: Ranking((5, 10, 20), runs, splits, device),
         ranking_sums,
         every_batch=True,
     ),

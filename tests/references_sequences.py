@@ -142,3 +142,17 @@ def ranking(scores: Matrix, targets: Sequence[int], k: int) -> tuple[float, floa
         math.fsum(1 / math.log2(place + 1) for place in within) / total,
         math.fsum(1 / place for place in within) / total,
     )
+
+
+def in_order(users: Sequence[Sequence[int]], order: str) -> list[tuple[int, int, int]]:
+    """Events (user, position, item) of users given as lists, sorted by their keys."""
+    events = []
+    for u, items in enumerate(users, 1):
+        for k, item in enumerate(items):
+            key = {
+                "relative": (k + 1) / (len(items) + 1),
+                "round": float(k),
+                "staggered": (u - 1) / len(users) + 0.1 * k / len(items),
+            }[order]
+            events.append((key, u, k, item))
+    return [event[1:] for event in sorted(events)]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import references_sequences as references
 import torch
 from hypothesis import given
-from hypothesis.strategies import booleans, integers, sampled_from
+from hypothesis.strategies import booleans, integers, lists, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import encoders, engine, histories, losses, measure
+from cl_sim import encoders, engine, histories, interactions, losses, measure, timeline
 from cl_sim.encoders.augmenter import Augmenter
 from cl_sim.encoders.transformer import Dropout, SASRec, SASRecConfig, draw_noise
-from cl_sim.errors import BadConfig
+from cl_sim.errors import BadConfig, BadData, UnknownName
 from cl_sim.histories import History
 from cl_sim.metrics.ranking import Ranking, gains, ranks
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads
-from cl_sim.types import Field
+from cl_sim.types import Batch, Field
+from streams.sequences import Sequences, SequencesConfig, in_order, segment_ends
 
 F64 = torch.float64
 ALARM = 4.5  # standard deviations
@@ -483,3 +487,193 @@ def test_encoders_and_samples_must_fit() -> None:
         encoders.make("mlp", None, lists, 31)
     with pytest.raises(BadConfig, match=r"encoder.name=mlp"):
         encoders.make("sasrec", SASRecConfig(), pictures, 10)
+
+
+# The stream
+
+CPU = torch.device("cpu")
+FOLDERS = [os.environ.get("CL_SIM_DATA", ""), str(Path(__file__).resolve().parent.parent.parent / "shared" / "data")]
+REAL = next((folder for folder in FOLDERS if folder and (Path(folder) / "recsys").is_dir()), "")
+needs_files = pytest.mark.skipif(not REAL, reason="no interaction lists under CL_SIM_DATA or ../shared/data")
+
+
+def stream_of(seeds: tuple[int, ...] = (0,), iid: bool = False, **settings: Any) -> Sequences:
+    return Sequences(SequencesConfig(**{"batch": 16, "segments": 2, **settings}), seeds, CPU, REAL, iid=iid)
+
+
+def users_of(data: interactions.Interactions) -> list[list[int]]:
+    return [part.tolist() for part in np.split(data.items, data.starts[1:])]
+
+
+def events_of(stream: Sequences, run: int = 0) -> list[tuple[int, int, int]]:
+    """(user, position, item) of every event of the stream, without the filling."""
+    found = []
+    for step in range(len(stream)):
+        batch = stream.batch(step)
+        keys = (batch[key][run].tolist() for key in ("user", "position", "target"))
+        found += [event for event in zip(*keys, strict=True) if event[0]]
+    return found
+
+
+@given(sizes=lists(integers(1, 6), min_size=1, max_size=9), order=sampled_from(["relative", "round", "staggered"]))
+def test_orders_equal_sorting_by_their_keys(sizes: list[int], order: Any) -> None:
+    users = [[10 * u + k for k in range(size)] for u, size in enumerate(sizes)]
+    flat = np.array([item for items in users for item in items])
+    user, position = in_order(interactions.Interactions("test", flat, np.array(sizes)), order)
+    found = [(int(u), int(k), users[u - 1][k]) for u, k in zip(user, position, strict=True)]
+    assert found == references.in_order(users, order)
+
+
+@pytest.mark.parametrize("order", ["relative", "round", "staggered"])
+def test_every_event_comes_once_with_its_history(order: str) -> None:
+    stream = stream_of((3, 4), order=order, longest=4)
+    users = users_of(stream.data)
+    assert events_of(stream) == events_of(stream, run=1) == references.in_order(users, order)
+    for step in (len(stream) - 1, 0, len(stream) // 2):
+        batch = stream.batch(step)
+        assert batch.keys() == stream.fields.keys()
+        for key, field in stream.fields.items():
+            assert batch[key].shape == (2, 16, *field.shape)
+            assert batch[key].dtype == field.dtype
+        for b in range(16):
+            u, k = int(batch["user"][1, b]), int(batch["position"][1, b])
+            history = users[u - 1][max(k - 4, 0) : k] if u else []
+            assert batch["items"][1, b].tolist() == history + [0] * (4 - len(history))
+            assert batch["length"][1, b] == len(history)
+            assert batch["target"][1, b] == (users[u - 1][k] if u else 0)
+
+
+def test_a_shuffled_order_holds_the_same_events_and_depends_on_the_seed() -> None:
+    plain, mixed = stream_of(), stream_of((0, 1), iid=True)
+    assert events_of(mixed) != events_of(mixed, run=1)
+    assert sorted(events_of(mixed)) == sorted(events_of(mixed, run=1)) == sorted(events_of(plain))
+
+
+def test_segments_hold_equally_many_scored_events() -> None:
+    assert segment_ends(np.array([0, 4, 4, 4, 4, 1]), 2) == [3, 5]
+    assert segment_ends(np.array([4, 4, 4, 4, 4, 4, 4, 4]), 4) == [1, 3, 5, 7]
+    with pytest.raises(BadConfig, match="use fewer segments"):
+        segment_ends(np.array([0, 9, 0]), 2)
+    with pytest.raises(BadConfig, match="use fewer segments"):
+        segment_ends(np.array([0, 0]), 1)
+
+
+def test_probes_are_scored_events_of_their_segment_and_stay_the_same() -> None:
+    stream = stream_of((0, 1), segments=3, probe=20, subset=6)
+    ends = [step for step in range(len(stream)) if stream.ends_task(step)]
+    assert len(ends) == 3
+    assert ends[-1] == len(stream) - 1
+    order = {event[:2]: step // 16 for step, event in enumerate(events_of(stream))}
+    chunks = list(stream.holdout().chunks(ends[0], True))
+    whole = {key: torch.cat([chunk[key] for chunk in chunks], 1) for key in chunks[0]}
+    assert torch.bincount(whole["split"][1]).tolist() == [20, 20, 20]
+    assert torch.equal(whole["user"][0], whole["user"][1])
+    assert (whole["length"] > 0).all()
+    for u, k, split in zip(*(whole[key][0].tolist() for key in ("user", "position", "split")), strict=True):
+        assert (ends[split - 1] if split else -1) < order[u, k] <= ends[split]
+    few = list(stream.holdout().chunks(ends[1], False))
+    assert torch.bincount(torch.cat([chunk["split"] for chunk in few], 1)[0]).tolist() == [6, 6]
+    assert stream.seen(ends[0]).tolist() == [[True, False, False]] * 2
+    assert not stream.seen(ends[0] - 1).any()
+    assert list(stream.holdout().chunks(0, False)) == []
+
+
+def test_leave_one_out_cuts_windows_as_published(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("1 1 2 3 4 5\n2 7 8\n")
+    stream = stream_of((0, 1), data=f"lists:{tmp_path / 'l.txt'}", protocol="offline", longest=4, batch=2, passes=3)
+
+    def windows(batch: Batch) -> list[tuple[list[int], int]]:
+        rows = zip(batch["items"][0].tolist(), batch["length"][0].tolist(), batch["target"][0].tolist(), strict=True)
+        return [(items[:length], target) for items, length, target in rows]
+
+    assert len(stream) == 3
+    for step in range(3):  # one step is one pass
+        assert sorted(windows(stream.batch(step))) == [([1], 2), ([1, 2], 3)]
+        assert stream.ends_task(step)
+    (left_out,) = stream.holdout().chunks(0, True)
+    assert stream.holdout().names == ("validation", "test")
+    assert windows(left_out) == [([1, 2, 3], 4), ([1, 2, 3, 4], 5)]
+    assert left_out["split"].tolist() == [[0, 1]] * 2
+
+
+def test_passes_are_shuffled_anew_and_depend_on_seed_and_step_alone() -> None:
+    stream, again = (stream_of((0, 1), protocol="offline", passes=2) for _ in range(2))
+    half = len(stream) // 2
+    assert not torch.equal(stream.batch(0)["user"], stream.batch(half)["user"])
+    assert not torch.equal(stream.batch(0)["user"][0], stream.batch(0)["user"][1])
+    for step in (half + 1, 0, half, 1):
+        assert torch.equal(stream.batch(step)["user"], again.batch(step)["user"])
+    first = sorted(events_of(stream)[: sum(max(n - 3, 0) for n in stream.data.lengths)])
+    assert first == sorted((u, k, i) for u, k, i in events_of(stream_of()) if 0 < k < stream.data.lengths[u - 1] - 2)
+
+
+def test_tables_with_times_are_sorted_by_them(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("user,item,time\nann,tea,30\nbob,tea,10\nann,jam,20\nbob,bun,25\n\n")
+    stream = stream_of(data=f"csv:{path}", order="time", segments=1)
+    assert events_of(stream) == [(2, 0, 1), (1, 0, 2), (2, 1, 3), (1, 1, 1)]
+    path.write_text("ann,tea\nbob,tea\nann,jam\n")
+    assert events_of(stream_of(data=f"csv:{path}", order="time", segments=1)) == [(1, 0, 1), (2, 0, 1), (1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "words"),
+    [
+        ("lists", "1 2 3\n3 4\n", "line 2: user 3 comes where user 2 is due"),
+        ("lists", "1 2 x\n", "line 1: a line is a user"),
+        ("lists", "1 2 0\n", "line 1: a line is a user"),
+        ("lists", "1\n", "line 1: a line is a user"),
+        ("lists", "\n", "holds no interactions"),
+        ("csv", "ann\n", "line 1: a row is user,item"),
+        ("csv", "user,item,time\nann,tea,late\n", "line 2: the time is 'late'"),
+        ("csv", "user,item\n", "holds no interactions"),
+    ],
+)
+def test_damaged_files_are_refused_naming_the_line(form: str, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(BadData, match=words):
+        interactions.load(f"{form}:{tmp_path / 'f'}")
+
+
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
+    for settings, words in (
+        ({"passes": 2}, "protocol=offline"),
+        ({"order": "time"}, "has no times"),
+        ({"segments": 1000}, "use fewer segments"),
+    ):
+        with pytest.raises(BadConfig, match=words):
+            stream_of(**settings)
+    (tmp_path / "short.txt").write_text("1 1 2\n")
+    with pytest.raises(BadConfig, match="three items"):
+        stream_of(data=f"lists:{tmp_path / 'short.txt'}", protocol="offline")
+    with pytest.raises(UnknownName, match="beauty"):
+        interactions.load("beuty")
+    with pytest.raises(BadData, match="put the file there"):
+        interactions.load("beauty", str(tmp_path))
+    with pytest.raises(BadData, match="no file"):
+        interactions.load("csv:/nowhere.csv")
+
+
+def test_the_timeline_of_a_stream_counts_its_targets() -> None:
+    stream = stream_of()
+    counts = timeline.of(stream, bins=4).counts
+    assert counts[:, 1:].sum() == len(stream.data.items)
+
+
+@needs_files
+def test_beauty_has_the_published_counts_and_the_stated_order() -> None:
+    streams = {order: stream_of(data="beauty", order=order, batch=256) for order in ("relative", "staggered")}
+    about = streams["relative"].describe()
+    assert [about[key] for key in ("users", "items", "interactions", "scored")] == [22_363, 12_101, 198_502, 176_139]
+    assert about["new targets"].startswith("3.3%")
+    assert streams["staggered"].describe()["new targets"].startswith("6.1%")
+    relative, staggered = streams["relative"], streams["staggered"]
+    first = relative.batch(0)
+    start = zip(*(first[key][0, :4].tolist() for key in ("user", "position", "target")), strict=True)
+    assert list(start) == [(996, 0, 3708), (2670, 0, 3966), (179, 0, 528), (1049, 0, 6102)]
+    last = staggered.batch(len(staggered) - 1)
+    end = zip(*(last[key][0].tolist() for key in ("user", "position", "target")), strict=True)
+    assert [event for event in end if event[0]][-3:] == [(22243, 44, 12056), (22308, 20, 5571), (22337, 17, 11791)]
+    offline = stream_of(data="beauty", protocol="offline", batch=256)
+    assert len(offline.user) == 198_502 - 3 * 22_363
+    assert offline.holdout().user.shape == (1, 2, 22_363)

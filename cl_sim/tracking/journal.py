@@ -3,7 +3,8 @@
 Lines have `kind`, `samples` (samples seen, the x axis of every curve) and `time` (ms since the epoch), and by kind:
 
     curve        values: {key: [R]}                          means over the steps since the last one
-    evaluation   accuracy: [R][S], seen: [R][S], task_end    null where a split was not evaluated; HR@10 if measure is hr10
+    evaluation   accuracy: [R][S], seen: [R][S], task_end    null where a split was not evaluated; HR@10 if measure is hr10,
+                                                             with ndcg10 and others beside it
     memory       counts: [R][C]                              rows of each class in the memory
     summary      values: {key: [R]}                          one number per metric, at the end
     end          status, reason                              finished, failed or interrupted; the last one counts
