@@ -156,3 +156,27 @@ def in_order(users: Sequence[Sequence[int]], order: str) -> list[tuple[int, int,
             }[order]
             events.append((key, u, k, item))
     return [event[1:] for event in sorted(events)]
+
+
+def prequential(events: Sequence[tuple[int, int, int]], items: int, batch: int, chain: bool, growing: bool) -> list:
+    """Rank of every event with a history, before its batch is counted, by popularity or by followers of the last item."""
+    count = dict.fromkeys(range(1, items + 1), 0)
+    pairs: dict[tuple[int, int], int] = {}
+    newest: dict[int, int] = {}
+    found = []
+    for start in range(0, len(events), batch):
+        part = events[start : start + batch]
+        before = []  # the item before each event of the batch, which may be in the same batch
+        for user, position, item in part:
+            before.append(newest.get(user, 0) if position else 0)
+            newest[user] = item
+        for (_, position, target), last in zip(part, before, strict=True):
+            if position:
+                known = [item for item in count if count[item] or not growing]
+                order = sorted(known, key=lambda i: (-pairs.get((last, i), 0) if chain else 0, -count[i], i))
+                found.append(order.index(target) + 1 if target in order else math.inf)
+        for (_, position, target), last in zip(part, before, strict=True):
+            count[target] += 1
+            if position:
+                pairs[last, target] = pairs.get((last, target), 0) + 1
+    return found

@@ -24,7 +24,7 @@ from cl_sim.histories import History
 from cl_sim.metrics.ranking import Ranking, gains, ranks
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
-from cl_sim.testing import NoHostReads
+from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.types import Batch, Field
 from streams.sequences import Sequences, SequencesConfig, in_order, segment_ends
 
@@ -677,3 +677,65 @@ def test_beauty_has_the_published_counts_and_the_stated_order() -> None:
     offline = stream_of(data="beauty", protocol="offline", batch=256)
     assert len(offline.user) == 198_502 - 3 * 22_363
     assert offline.holdout().user.shape == (1, 2, 22_363)
+
+
+# Baselines
+
+
+def prequential(made: Toy) -> list[tuple[float, float]]:
+    """HR@10 and NDCG@10 over all scored events of the stream, per run."""
+    total: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for step in range(len(made.stream)):
+            batch = made.stream.batch(step)
+            for name, value in engine.test(made.strategy, batch).items():
+                total[name] = total.get(name, torch.zeros(())) + value
+            made.strategy.observe(batch)
+    names = ("test hr10", "test ndcg10")
+    return list(zip(*((total[name] / total["test tested"]).tolist() for name in names), strict=True))
+
+
+@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("name", ["popularity", "markov1"])
+def test_baselines_rank_as_sorting_by_counts_does(name: str, growing: bool) -> None:
+    settings = {"strategy": {"mask_unseen": growing}, "stream": {"longest": 3}}
+    made = toy(name, (0, 1), settings)
+    users = users_of(made.stream.data)
+    places = references.prequential(references.in_order(users, "relative"), 60, 16, name == "markov1", growing)
+    hits = sum(place <= 10 for place in places) / len(places)
+    gain = math.fsum(1 / math.log2(place + 1) for place in places if place <= 10) / len(places)
+    for run in prequential(made):
+        assert run == pytest.approx((hits, gain), abs=1e-9)
+
+
+def on_real(name: str, data: str, order: str) -> tuple[float, float]:
+    settings = {
+        "stream": {"data": data, "order": order, "batch": 256, "segments": 10, "longest": 50},
+        "data": REAL,
+    }
+    (found,) = prequential(toy(name, (0,), settings))
+    return found
+
+
+STATED = [  # HR@10 and NDCG@10 over all scored events
+    ("popularity", "beauty", "relative", 0.01641, 0.00771),
+    ("popularity", "beauty", "staggered", 0.01640, 0.00792),
+    ("popularity", "toys", "relative", 0.01073, 0.00533),
+]
+STATED_SLOW = [
+    ("popularity", "sports", "relative", 0.01696, 0.00919),
+    ("markov1", "beauty", "relative", 0.10038, 0.06531),
+    ("markov1", "beauty", "staggered", 0.10083, 0.06495),
+    ("markov1", "sports", "relative", 0.04373, 0.02747),
+    ("markov1", "toys", "relative", 0.06751, 0.04461),
+]
+every_figure = pytest.mark.parametrize(
+    ("name", "data", "order", "hits", "gain"),
+    [*STATED, *(pytest.param(*row, marks=pytest.mark.slow) for row in STATED_SLOW)],
+)
+
+
+@needs_files
+@every_figure
+def test_baselines_reach_the_stated_figures(name: str, data: str, order: str, hits: float, gain: float) -> None:
+    assert on_real(name, data, order) == pytest.approx((hits, gain), abs=1e-5)
