@@ -192,9 +192,12 @@ def evaluate_all(strategy: Strategy, holdout: Holdout, step: int, full: bool) ->
 
 
 def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int, full: bool) -> None:
-    """Evaluate and write it down. Before the first step every split is asked: forward transfer needs that."""
+    """Evaluate and write it down, once anything has been seen.
+
+    Before the first step every split is asked: forward transfer needs that.
+    """
     holdout = stream.holdout()
-    if holdout is None:
+    if holdout is None or (step >= 0 and not full and not stream.seen(step).any()):
         return
     samples = (step + 1) * stream.batch_size
     found = evaluate_all(strategy, holdout, step if step >= 0 else len(stream), full)

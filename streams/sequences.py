@@ -36,7 +36,7 @@ Order = Literal["relative", "round", "staggered", "time"]
 class SequencesConfig:
     """Settings of the interaction stream."""
 
-    data: str = "made-up"  # beauty, sports, toys, made-up, lists:PATH or csv:PATH
+    data: str = "beauty"  # beauty, sports, toys, made-up, lists:PATH or csv:PATH
     order: Order = "relative"  # all users at once, by turns, one after the other, or by the file's times
     batch: int = 256  # events per step
     longest: int = 50  # items of a history; older ones are cut off

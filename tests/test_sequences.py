@@ -25,6 +25,7 @@ from cl_sim.metrics.ranking import Ranking, gains, ranks
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads, Toy, toy
+from cl_sim.tracking.journal import Journal, read
 from cl_sim.types import Batch, Field
 from streams.sequences import Sequences, SequencesConfig, in_order, segment_ends
 
@@ -498,7 +499,9 @@ needs_files = pytest.mark.skipif(not REAL, reason="no interaction lists under CL
 
 
 def stream_of(seeds: tuple[int, ...] = (0,), iid: bool = False, **settings: Any) -> Sequences:
-    return Sequences(SequencesConfig(**{"batch": 16, "segments": 2, **settings}), seeds, CPU, REAL, iid=iid)
+    return Sequences(
+        SequencesConfig(**{"data": "made-up", "batch": 16, "segments": 2, **settings}), seeds, CPU, REAL, iid=iid
+    )
 
 
 def users_of(data: interactions.Interactions) -> list[list[int]]:
@@ -739,3 +742,24 @@ every_figure = pytest.mark.parametrize(
 @every_figure
 def test_baselines_reach_the_stated_figures(name: str, data: str, order: str, hits: float, gain: float) -> None:
     assert on_real(name, data, order) == pytest.approx((hits, gain), abs=1e-5)
+
+
+def test_a_ranking_is_recorded_as_such(tmp_path: Path) -> None:
+    made = toy("markov1", (0, 1), {"stream": {"segments": 3}})
+    plan = engine.Plan.of(made.stream, per_task=3, prequential=10, flush_every=5, save_every=100)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        progress = engine.run(made.stream, made.strategy, plan, journal, engine.Place(tmp_path, "test"))
+    assert progress is not None
+    lines = read(tmp_path / "journal.jsonl")[0]
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["task_end"] for line in evaluations].count(True) == 3
+    assert all(any(line["seen"][0]) for line in evaluations[1:])  # nothing is asked before there is a probe
+    assert {line["measure"] for line in evaluations} == {"hr10"}
+    assert all(line["ndcg10"][0][0] <= line["accuracy"][0][0] for line in evaluations)
+    twin = toy("markov1", (0, 1), {"stream": {"segments": 3}})
+    last = [line for line in lines if line["kind"] == "curve"][-1]["values"]
+    for run, (hits, gain) in enumerate(prequential(twin)):
+        assert last["hr10_prequential"][run] == pytest.approx(hits, abs=1e-6)
+        assert last["ndcg10_prequential"][run] == pytest.approx(gain, abs=1e-6)
+    assert progress.late["tested"][0] < progress.sums["tested"][0]
+    assert engine.Plan.of(made.stream, per_task=3, prequential=0, flush_every=5, save_every=100).test_every == 0
