@@ -237,3 +237,20 @@ def _positives(scores: Tensor) -> Tensor:
 def _mean_where(values: Tensor, counted: Tensor) -> Tensor:
     """Mean over the counted entries; 0 if there are none.    Shapes: same, same -> []."""
     return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+
+
+def fixmatch(weak_logits: Tensor, strong_logits: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Consistency of a strong view with the class of the weak view, where the weak view is sure enough of it.
+
+    The sum over the sure samples is divided by the number of all samples. `threshold` is one probability or one per class;
+    reaching it suffices. The second result is every sample's cross-entropy, sure or not; no gradient reaches the weak view.
+
+    Shapes: weak_logits and strong_logits [N, C], threshold [] or [C] -> [], [N].
+    Source: Sohn et al. 2020, "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", eq. 4; a
+    threshold per class: Zhang et al. 2021, "FlexMatch", eq. 11.
+    """
+    confidence, guess = weak_logits.detach().softmax(1).max(1)  # [N] each
+    needed = threshold[guess] if isinstance(threshold, Tensor) and threshold.dim() else threshold
+    per_sample = F.cross_entropy(strong_logits, guess, reduction="none")
+    sure = (confidence >= needed).to(per_sample.dtype)
+    return (per_sample * sure).sum() / max(len(guess), 1), per_sample

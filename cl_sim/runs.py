@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.func import functional_call, vmap  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_map
 
 from cl_sim.types import Batch
+
+Out = TypeVar("Out")  # a tensor, or a tuple of tensors
 
 
 class Lift(nn.Module):
@@ -84,17 +86,18 @@ def _stack(nets: Sequence[nn.Module]) -> nn.Module:
     return whole
 
 
-def per_run(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def per_run(function: Callable[..., Out]) -> Callable[..., Out]:
     """Lift a function of one run's tensors to R runs; keyword arguments are shared by all runs.
 
-    Shapes: each positional argument [R, ...] -> [R, ...].
+    Shapes: each positional argument [R, ...] -> [R, ...], or a tuple of such.
     """
 
     @wraps(function)
-    def lifted(*args: Tensor, **shared: Any) -> Tensor:
+    def lifted(*args: Tensor, **shared: Any) -> Out:
         if len(args[0]) == 1:
-            return function(*(arg[0] for arg in args), **shared)[None]
-        result: Tensor = vmap(lambda *one: function(*one, **shared))(*args)
+            alone: Out = tree_map(lambda out: out[None], function(*(arg[0] for arg in args), **shared))
+            return alone
+        result: Out = vmap(lambda *one: function(*one, **shared))(*args)
         return result
 
     return lifted

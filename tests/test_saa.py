@@ -1,0 +1,258 @@
+"""Sample-adaptive augmentation: every public function against a slow twin, the worked cases of the method, its promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import references_saa as slow
+import torch
+from hypothesis import given
+from hypothesis.strategies import booleans, floats, integers, lists, sampled_from
+from torch import Tensor
+from torch.testing import assert_close
+
+from cl_sim import losses
+from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
+from cl_sim.augment import join_halves
+from cl_sim.runs import per_run
+from cl_sim.testing import NoHostReads
+
+F64 = torch.float64
+seeds = integers(0, 10**6)
+
+
+def source(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=source(seed))
+
+
+def whole(high: int, *shape: int, seed: int) -> Tensor:
+    return torch.randint(high, shape, generator=source(seed))
+
+
+def known(values: Tensor) -> Tensor:
+    return torch.ones_like(values, dtype=torch.bool)
+
+
+# --- the history of losses
+
+
+@given(m=integers(1, 9), n=integers(0, 12), decay=sampled_from([0.0, 0.001, 0.5, 0.999, 1.0]), seed=seeds)
+def test_history_equals_the_loop_with_the_last_of_twins_winning(m: int, n: int, decay: float, seed: int) -> None:
+    h, index, loss = normal(m, seed=seed), whole(m, n, seed=seed), normal(n, seed=seed + 1).abs()
+    expected = slow.history(h.tolist(), index.tolist(), loss.tolist(), decay)
+    assert_close(update_history(h, index, loss, decay), torch.tensor(expected, dtype=F64), rtol=1e-14, atol=1e-14)
+
+
+def test_one_visit_from_zero_gives_all_but_a_thousandth_and_leaves_the_others_their_bits() -> None:
+    h = torch.tensor([0.0, 0.3, 0.1], dtype=F64)
+    after = update_history(h, torch.tensor([0]), torch.tensor([2.0], dtype=F64), 0.001)
+    assert after[0].item() == pytest.approx(0.999 * 2.0, abs=1e-15)
+    assert torch.equal(after[1:], h[1:])
+    assert torch.equal(h, torch.tensor([0.0, 0.3, 0.1], dtype=F64))  # its input stays
+
+
+def test_history_keeps_its_dtype_and_takes_no_gradient() -> None:
+    loss = torch.ones(2, dtype=F64, requires_grad=True)
+    after = update_history(torch.zeros(3), torch.tensor([0, 2]), loss, 0.5)
+    assert after.dtype == torch.float32
+    assert not after.requires_grad
+    assert after.tolist() == [0.5, 0.0, 0.5]
+
+
+# --- Otsu's threshold and the flags
+
+
+@given(m=integers(1, 40), bins=sampled_from([2, 7, 256]), seed=seeds, edge=booleans())
+def test_otsu_equals_the_definition_in_exact_fractions(m: int, bins: int, seed: int, edge: bool) -> None:
+    h = normal(m, seed=seed).exp()
+    expected = slow.otsu(h.tolist(), bins, edge)
+    assert otsu_threshold(h, known(h), bins, edge).item() == pytest.approx(expected, rel=1e-13)
+
+
+@given(values=lists(integers(0, 256), min_size=1, max_size=30))
+def test_otsu_puts_a_value_on_an_edge_into_the_upper_bin_and_breaks_ties_by_the_first_cut(values: list[int]) -> None:
+    h = torch.tensor([0.0, 256.0, *map(float, values)], dtype=F64)  # every whole number is an edge
+    assert otsu_threshold(h, known(h)).item() == slow.otsu(h.tolist())
+
+
+def test_otsu_takes_its_reference_values() -> None:
+    few = torch.tensor([0.01, 0.02, 0.03, 1.2, 1.5, 2.0], dtype=F64)
+    threshold = otsu_threshold(few, known(few))
+    assert threshold.item() == pytest.approx(0.029434, abs=5e-7)
+    assert update_flags(torch.zeros(6, dtype=torch.bool), few, threshold).tolist() == [True, True] + [False] * 4
+    tail = 6 * torch.exp(-torch.arange(500, dtype=F64) / 40)
+    threshold = otsu_threshold(tail, known(tail))
+    assert threshold.item() == pytest.approx(1.816422, abs=5e-7)
+    assert int(update_flags(torch.zeros(500, dtype=torch.bool), tail, threshold).sum()) == 452
+
+
+def test_the_upper_edge_leaves_out_no_value_of_the_low_side() -> None:
+    few = torch.tensor([0.01, 0.02, 0.03, 1.2, 1.5, 2.0], dtype=F64)
+    flags = update_flags(torch.zeros(6, dtype=torch.bool), few, otsu_threshold(few, known(few), edge=True))
+    assert flags.tolist() == [True] * 3 + [False] * 3
+
+
+@given(low=integers(1, 20), high=integers(1, 20), seed=seeds)
+def test_two_far_clusters_part_and_the_threshold_sits_just_above_the_low_one(low: int, high: int, seed: int) -> None:
+    small, large = normal(low, seed=seed).sigmoid() / 100, 10 + normal(high, seed=seed + 1).sigmoid() / 100
+    h = torch.cat([small, large])
+    threshold = otsu_threshold(h, known(h))
+    assert float(small.min()) < threshold.item() < float(small.min()) + 10.02 / 256
+    flags = update_flags(torch.zeros(low + high, dtype=torch.bool), h, threshold)
+    assert not bool(flags[low:].any())
+
+
+@given(value=floats(0, 10), m=integers(1, 9), bits=integers(0, 511))
+def test_equal_values_leave_every_flag_as_it_was(value: float, m: int, bits: int) -> None:
+    for dtype in (F64, torch.float32):
+        h, before = torch.full((m,), value, dtype=dtype), torch.tensor([bool(bits >> i & 1) for i in range(m)])
+        assert torch.equal(update_flags(before, h, otsu_threshold(h, known(h))), before)
+
+
+def test_nothing_known_leaves_every_flag_as_it_was() -> None:
+    h, before = normal(6, seed=0), torch.tensor([True, False] * 3)
+    threshold = otsu_threshold(h, torch.zeros(6, dtype=torch.bool))
+    assert bool(threshold.isnan())
+    assert torch.equal(update_flags(before, h, threshold), before)
+
+
+@given(m=integers(1, 20), more=integers(1, 9), seed=seeds)
+def test_the_unknown_have_no_say_in_the_threshold(m: int, more: int, seed: int) -> None:
+    h, strangers = normal(m, seed=seed).exp(), normal(more, seed=seed + 1) * 100
+    mask = torch.cat([known(h), torch.zeros(more, dtype=torch.bool)])
+    assert torch.equal(otsu_threshold(torch.cat([h, strangers]), mask), otsu_threshold(h, known(h)))
+
+
+@given(m=integers(2, 20), seed=seeds, power=integers(-8, 8))
+def test_the_threshold_follows_order_and_unit_of_the_losses(m: int, seed: int, power: int) -> None:
+    h = normal(m, seed=seed).exp()
+    shuffled = h[torch.randperm(m, generator=source(seed))]
+    assert torch.equal(otsu_threshold(shuffled, known(h)), otsu_threshold(h, known(h)))
+    assert torch.equal(otsu_threshold(h * 2.0**power, known(h)), otsu_threshold(h, known(h)) * 2.0**power)
+
+
+@given(m=integers(1, 12), seed=seeds)
+def test_flags_equal_the_loop_and_a_value_on_the_threshold_keeps_its_flag(m: int, seed: int) -> None:
+    h, before = whole(4, m, seed=seed).double(), whole(2, m, seed=seed + 1).bool()
+    expected = slow.flags(before.tolist(), h.tolist(), 2.0)
+    assert update_flags(before, h, torch.tensor(2.0)).tolist() == expected
+    assert update_flags(before, h, 2.0).tolist() == expected
+
+
+# --- FlexMatch's curriculum
+
+
+@given(m=integers(1, 12), classes=integers(1, 5), warm_up=booleans(), seed=seeds)
+def test_class_status_equals_the_loop(m: int, classes: int, warm_up: bool, seed: int) -> None:
+    selected, before = whole(classes + 2, m, seed=seed) - 2, normal(classes, seed=seed).sigmoid()
+    expected = slow.status(selected.tolist(), classes, before.tolist(), warm_up)
+    assert_close(class_status(selected, classes, before, warm_up), torch.tensor(expected, dtype=F64), rtol=0, atol=0)
+
+
+def test_class_status_takes_its_hand_worked_values() -> None:
+    selected, before = torch.tensor([0, 0, 1, -1, -1, -1, -1]), torch.zeros(3)
+    assert class_status(selected, 3, before).tolist() == [0.5, 0.25, 0]
+    assert class_status(selected, 3, before, warm_up=False).tolist() == [1, 0.5, 0]
+    for alike in (-1, 2):
+        assert class_status(torch.full((7,), alike), 3, before + 0.25).tolist() == [0.25] * 3
+
+
+def test_thresholds_rise_from_zero_to_the_confidence_and_bend_below_the_line() -> None:
+    s = torch.tensor([0, 0.5, 1], dtype=F64)
+    expected = torch.tensor([0, 0.95 / 3, 0.95], dtype=F64)
+    assert_close(class_thresholds(s, 0.95), expected, rtol=1e-15, atol=0)
+    inside = torch.linspace(0.01, 0.99, 50, dtype=F64)
+    assert bool((class_thresholds(inside, 0.95) < 0.95 * inside).all())
+    assert bool((class_thresholds(inside, 0.95).diff() > 0).all())
+
+
+# --- the loss of FixMatch
+
+
+@given(n=integers(1, 9), classes=integers(1, 5), seed=seeds)
+def test_fixmatch_equals_the_loop_for_one_threshold_and_for_one_per_class(n: int, classes: int, seed: int) -> None:
+    weak, strong = 3 * normal(n, classes, seed=seed), 3 * normal(n, classes, seed=seed + 1)
+    each = normal(classes, seed=seed + 2).sigmoid()
+    for threshold, listed in ((0.7, [0.7] * classes), (torch.tensor(0.7), [0.7] * classes), (each, each.tolist())):
+        loss, per_sample = losses.fixmatch(weak, strong, threshold)
+        total, rows = slow.fixmatch(weak.tolist(), strong.tolist(), listed)
+        assert_close(loss, torch.tensor(total, dtype=F64), rtol=1e-12, atol=1e-12)
+        assert_close(per_sample, torch.tensor(rows, dtype=F64), rtol=1e-12, atol=1e-12)
+
+
+def test_reaching_the_threshold_suffices_and_the_divisor_is_the_whole_batch() -> None:
+    weak = torch.tensor([[0.0, 0.0], [9.0, 0.0]], dtype=F64)  # 0.5 and nearly 1
+    strong = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=F64)
+    assert losses.fixmatch(weak, strong, 0.5)[0].item() == pytest.approx(math.log(2))
+    assert losses.fixmatch(weak, strong, 0.6)[0].item() == pytest.approx(math.log(2) / 2)
+    assert losses.fixmatch(weak, strong, 1.0)[0].item() == 0
+    assert losses.fixmatch(weak, strong, 1.0)[1].tolist() == pytest.approx([math.log(2)] * 2)
+
+
+@given(n=integers(1, 6), classes=integers(2, 4), seed=seeds)
+def test_gradients_reach_the_strong_view_alone(n: int, classes: int, seed: int) -> None:
+    weak, strong = 3 * normal(n, classes, seed=seed), normal(n, classes, seed=seed + 1)
+    weak.requires_grad_()
+    strong.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: losses.fixmatch(weak.detach(), s, 0.7), (strong,))
+    losses.fixmatch(weak, strong, 0.0)[0].backward()
+    assert weak.grad is None
+    assert float(strong.grad.abs().max()) > 0
+
+
+# --- joining two halves
+
+
+@given(height=integers(1, 6), width=integers(1, 6), bits=integers(0, 7))
+def test_a_joined_image_has_each_half_where_it_was(height: int, width: int, bits: int) -> None:
+    a, b = (whole(256, 3, 2, height, width, seed=s).to(torch.uint8) for s in (0, 1))
+    left = torch.tensor([bool(bits >> i & 1) for i in range(3)])
+    out = join_halves(a, b, left)
+    assert out.dtype == torch.uint8
+    for item in range(3):
+        for channel in range(2):
+            one, two = a[item, channel].tolist(), b[item, channel].tolist()
+            assert out[item, channel].tolist() == slow.joined(one, two, bool(left[item]))
+    stacked = join_halves(a[None], b[None], left[None])  # with a run axis
+    assert torch.equal(stacked[0], out)
+
+
+# --- every function, lifted
+
+
+def test_lifted_functions_equal_the_runs_alone_and_never_read_the_host() -> None:
+    h, index = normal(3, 20, seed=0).abs(), whole(20, 3, 8, seed=1)
+    z, w = 3 * normal(3, 8, 4, seed=2), 3 * normal(3, 8, 4, seed=3)
+    mask, flags, selected = whole(4, 3, 20, seed=4) > 0, whole(2, 3, 20, seed=5).bool(), whole(5, 3, 20, seed=6) - 1
+    mask[2] = False
+    status = normal(3, 4, seed=7).sigmoid()
+    images, left = whole(256, 3, 8, 3, 5, 5, seed=8).to(torch.uint8), whole(2, 3, 8, seed=9).bool()
+    calls = {
+        "history": (lambda h, i, c: update_history(h, i, c, 0.1), (h, index, h[:, :8])),
+        "otsu": (otsu_threshold, (h, mask)),
+        "flags": (lambda f, h, m: update_flags(f, h, otsu_threshold(h, m)), (flags, h, mask)),
+        "status": (lambda s, b: class_status(s, 4, b), (selected, status)),
+        "thresholds": (lambda s: class_thresholds(s, 0.95), (status,)),
+        "fixmatch": (lambda z, w, s: losses.fixmatch(z, w, s)[0], (z, w, status)),
+        "per sample": (lambda z, w: losses.fixmatch(z, w, 0.9)[1], (z, w)),
+        "halves": (join_halves, (images, images.flip(1), left)),
+    }
+    for name, (call, inputs) in calls.items():
+        with NoHostReads():
+            together = per_run(call)(*inputs)
+        for run in range(3):
+            alone = call(*(value[run] for value in inputs))
+            assert_close(together[run], alone, equal_nan=True, msg=name)
+
+
+def test_a_lifted_function_may_return_several_results() -> None:
+    z, w = normal(2, 5, 3, seed=0), normal(2, 5, 3, seed=1)
+    for runs in (1, 2):
+        loss, per_sample = per_run(losses.fixmatch)(z[:runs], w[:runs], threshold=0.5)
+        assert loss.shape == (runs,)
+        assert per_sample.shape == (runs, 5)
