@@ -16,12 +16,12 @@ from torch import Tensor
 NONE = -1  # a sample that was never sure of its class
 
 
-def update_history(history: Tensor, index: Tensor, loss: Tensor, decay: float) -> Tensor:
+def update_history(history: Tensor, index: Tensor, loss: Tensor, decay: float | Tensor) -> Tensor:
     """The running loss after a batch: `decay` of the old value, the rest from the batch; other samples keep theirs.
 
     A sample that is twice in the batch takes its last loss, and the old value counts once.
 
-    Shapes: history [M], index [N] in 0..M-1, loss [N] -> [M].
+    Shapes: history [M], index [N] in 0..M-1, loss [N], decay [] or [M] -> [M].
     """
     if not len(index):
         return history

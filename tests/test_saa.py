@@ -15,8 +15,14 @@ from torch.testing import assert_close
 from cl_sim import losses
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
 from cl_sim.augment import join_halves
+from cl_sim.memory.queue import Queue
+from cl_sim.memory.reservoir import Reservoir
+from cl_sim.memory.rows import Rows
+from cl_sim.memory.table import Table
+from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.testing import NoHostReads
+from cl_sim.types import Field
 
 F64 = torch.float64
 seeds = integers(0, 10**6)
@@ -256,3 +262,124 @@ def test_a_lifted_function_may_return_several_results() -> None:
         loss, per_sample = per_run(losses.fixmatch)(z[:runs], w[:runs], threshold=0.5)
         assert loss.shape == (runs,)
         assert per_sample.shape == (runs, 5)
+
+
+# --- the table beside a memory
+
+FIELDS = {"x": Field((2,), torch.uint8), "y": Field((), torch.int64), "index": Field((), torch.int64)}
+
+
+def rows_of(*index: int, runs: int = 1) -> dict[str, Tensor]:
+    number = torch.tensor(index).expand(runs, -1)
+    return {"x": torch.stack([number, number], -1).to(torch.uint8), "y": number % 3, "index": number}
+
+
+def kept(capacity: int, runs: int = 1, make: type[Rows] = Queue) -> tuple[Rows, Table]:
+    memory = make(capacity, FIELDS, Rng(range(runs), "test"))
+    return memory, memory.keep_table()
+
+
+def lines(table: Table) -> dict[str, list[list[float]]]:
+    return {name: column[:, : table.capacity].tolist() for name, column in table.named_buffers()}
+
+
+def test_the_first_visit_sets_the_history_and_later_ones_move_it() -> None:
+    table = Table(3, 1)
+    table.visit(torch.tensor([[1]]), torch.tensor([[2.0]]), 0.75)
+    assert table.history[0, :3].tolist() == [0, 2, 0]
+    assert table.known()[0].tolist() == [False, True, False]
+    table.visit(torch.tensor([[1, 2]]), torch.tensor([[4.0, 1.0]]), 0.75)
+    assert table.history[0, :3].tolist() == [0, 0.75 * 2 + 0.25 * 4, 1]
+    assert table.known(2)[0].tolist() == [False, True, False]
+
+
+def test_of_a_slot_drawn_twice_the_last_loss_counts_and_both_visits() -> None:
+    table = Table(2, 1)
+    table.visit(torch.tensor([[0]]), torch.tensor([[1.0]]), 0.5)
+    table.visit(torch.tensor([[0, 0]]), torch.tensor([[9.0, 3.0]]), 0.5)
+    assert table.history[0, 0].item() == 2
+    assert table.visits[0, :2].tolist() == [3, 0]
+
+
+def test_a_class_is_noted_only_when_sure_and_never_forgotten() -> None:
+    table = Table(3, 1)
+    slot, label = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[2, 0, 1, 1]])
+    table.choose(slot, label, torch.tensor([[True, True, False, False]]))
+    assert table.selected[0, :3].tolist() == [2, 0, -1]
+    table.choose(slot, label, torch.tensor([[False, True, True, False]]))
+    assert table.selected[0, :3].tolist() == [2, 1, -1]
+
+
+@given(visited=integers(1, 8), seed=seeds)
+def test_slot_m_is_nowhere(visited: int, seed: int) -> None:
+    table = Table(4, 1)
+    before = lines(table)
+    slot, loss = torch.full((1, visited), 4), normal(1, visited, seed=seed).float()
+    table.visit(slot, loss, 0.5)
+    table.choose(slot, torch.zeros_like(slot), known(loss))
+    assert lines(table) == before
+
+
+@pytest.mark.parametrize("make", [Queue, Reservoir])
+@given(seed=seeds, steps=integers(1, 12))
+def test_a_line_is_always_about_the_sample_that_rests_there(make: type[Rows], seed: int, steps: int) -> None:
+    """A dictionary by sample, emptied when the sample leaves, says the same as the table by slot."""
+    memory, table = kept(5, make=make)
+    truth: dict[int, tuple[int, float]] = {}
+    for step in range(steps):
+        memory.add(rows_of(*range(3 * step, 3 * step + 3)))
+        resting = memory.row("index")[0, : len(memory)].tolist()
+        truth = {sample: truth.get(sample, (0, 0.0)) for sample in resting}
+        slot = whole(len(memory), 1, 2, seed=seed + step)
+        loss = (slot + step).float()
+        table.visit(slot, loss, 0.0)
+        table.mark(table.known() & (table.history[:, :5] > 3))
+        for one, value in zip(slot[0].tolist(), loss[0].tolist(), strict=True):
+            truth[resting[one]] = (truth[resting[one]][0] + 1, value)
+        for number, sample in enumerate(resting):
+            visits, value = truth[sample]
+            assert (int(table.visits[0, number]), float(table.history[0, number])) == (visits, value)
+            assert bool(table.naive[0, number]) == (visits > 0 and value > 3)
+
+
+def test_writing_one_field_of_a_row_leaves_its_line_and_a_whole_row_resets_it() -> None:
+    memory, table = kept(3)
+    memory.add(rows_of(0, 1, 2))
+    slot = torch.tensor([[0, 1, 2]])
+    table.visit(slot, torch.ones(1, 3), 0.5)
+    table.choose(slot, slot, known(slot))
+    table.mark(torch.ones(1, 3, dtype=torch.bool))
+    memory.write(torch.tensor([[1]]), {"y": torch.tensor([[2]])})
+    assert bool(table.naive[:, :3].all())
+    memory.add(rows_of(7))
+    assert lines(table) == {
+        "history": [[0, 1, 1]],
+        "visits": [[0, 1, 1]],
+        "naive": [[0, 1, 1]],
+        "selected": [[-1, 1, 2]],
+    }
+
+
+def test_a_table_stays_in_its_memorys_checkpoint_and_in_its_price() -> None:
+    memory, table = kept(4, runs=2)
+    bare = Queue(4, FIELDS, Rng(range(2), "test"))
+    assert memory.bytes_per_row == bare.bytes_per_row + 4 + 4 + 1 + 8
+    memory.add(rows_of(0, 1, 2, runs=2))
+    table.visit(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0.5)
+    table.mark(torch.tensor([[True, False, True, False]] * 2))
+    again, other = kept(4, runs=2)
+    again.load_state_dict(memory.state_dict())
+    assert lines(other) == lines(table)
+
+
+def test_a_table_never_reads_the_host_and_keeps_runs_apart() -> None:
+    table, alone = Table(6, 3), Table(6, 1)
+    slot, loss = whole(7, 3, 5, seed=0), normal(3, 5, seed=1).float().abs()
+    sure = whole(2, 3, 5, seed=2).bool()
+    with NoHostReads():
+        for t, part in ((table, slice(None)), (alone, slice(1, 2))):
+            t.visit(slot[part], loss[part], 0.5)
+            t.choose(slot[part], slot[part], sure[part])
+            t.mark(t.known() & t.is_naive(slot[part, :1]))
+            t.reset(slot[part, :2])
+    assert lines(alone) == {name: [column[1]] for name, column in lines(table).items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_sim.errors import BadConfig
+from cl_sim.memory.table import Table
 from cl_sim.rng import Rng
 from cl_sim.types import Batch, Field
 
@@ -34,6 +35,7 @@ class Rows(nn.Module):
             raise BadConfig(f"capacity is {capacity}; a memory needs room for at least 1 sample")
         self.capacity, self.fields = capacity, dict(fields)
         self.draw = _Unregistered(rng)
+        self.table: Table | None = None
         device = rng.key.device
         for name, f in fields.items():
             empty = torch.zeros(rng.runs, capacity + 1, *f.shape, dtype=f.dtype, device=device)
@@ -62,8 +64,14 @@ class Rows(nn.Module):
 
     @property
     def bytes_per_row(self) -> int:
-        """What one row costs."""
-        return sum(math.prod(f.shape) * torch.empty((), dtype=f.dtype).element_size() for f in self.fields.values())
+        """What one row costs, with its line in the table if there is one."""
+        own = sum(math.prod(f.shape) * torch.empty((), dtype=f.dtype).element_size() for f in self.fields.values())
+        return own + (self.table.bytes_per_row if self.table is not None else 0)
+
+    def keep_table(self) -> Table:
+        """Keep a table beside the rows from now on: a line per slot, reset whenever the slot is filled anew."""
+        self.table = Table(self.capacity, len(self.run), self.run.device)
+        return self.table
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +97,8 @@ class Rows(nn.Module):
         for name, value in values.items():
             if name in self.fields:
                 self.row(name).index_put_((self.run, slot), value)
+        if self.table is not None and self.fields.keys() <= values.keys():  # a whole row: another sample
+            self.table.reset(slot)
 
     def valid(self) -> Tensor:
         """Which rows are filled.    Shapes: -> [R, M] bool."""

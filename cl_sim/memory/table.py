@@ -1,0 +1,83 @@
+"""A table beside a memory or a pool: what a sample-adaptive method knows of each row.
+
+Source: the state of Gui et al. 2023, "Enhancing Sample Utilization through Sample Adaptive Augmentation in Semi-Supervised
+Learning", and of Zhang et al. 2021, "FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling".
+Departures: a history is unknown until the first visit, which sets it to the loss seen; the sources start it at 0, where a
+sample that was never seen would count as the easiest of all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_sim.adaptive import NONE, update_history
+from cl_sim.runs import per_run
+
+history_after = per_run(update_history)
+
+
+class Table(nn.Module):
+    """One line per memory slot, or per sample of a fixed pool. Row M, like a memory's, takes what is not to be kept.
+
+    A memory resets the lines of every slot it fills anew (`Rows.keep_table`), so that a line is always about the sample
+    that rests there.
+
+    Shapes: history [R, M + 1] float32; visits int32, 0: history unknown; naive bool; selected int64, the class chosen last
+    with confidence, -1: none.
+    """
+
+    history: Tensor
+    visits: Tensor
+    naive: Tensor
+    selected: Tensor
+
+    def __init__(self, capacity: int, runs: int, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.capacity = capacity
+        fresh = torch.zeros(runs, capacity + 1, device=device)
+        self.register_buffer("history", fresh)
+        self.register_buffer("visits", fresh.int())
+        self.register_buffer("naive", fresh.bool())
+        self.register_buffer("selected", fresh.long() + NONE)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What one line costs."""
+        return sum(column.element_size() for column in self.buffers(recurse=False))
+
+    def reset(self, slot: Tensor) -> None:
+        """Other samples rest there now: nothing is known of them.    Shapes: slot [R, n]."""
+        for column, start in ((self.history, 0), (self.visits, 0), (self.naive, False), (self.selected, NONE)):
+            column.scatter_(1, slot, start)
+
+    def visit(self, slot: Tensor, loss: Tensor, decay: float) -> None:
+        """Note the losses of a batch. Of a slot that comes twice the last loss counts, and both visits.
+
+        Shapes: slot [R, n] in 0..M, loss [R, n].
+        """
+        weight = torch.where(self.visits > 0, decay, 0.0)  # of the old value; nothing is known before the first visit
+        self.history.copy_(history_after(self.history, slot, loss, weight))
+        self.visits.scatter_add_(1, slot, torch.ones_like(slot, dtype=torch.int32))
+
+    def choose(self, slot: Tensor, label: Tensor, sure: Tensor) -> None:
+        """Note the class of the samples that are sure of one; the others keep what they had. Of twins the last sure one counts.
+
+        Shapes: slot, label [R, n] int64, sure [R, n] bool.
+        """
+        place = torch.arange(slot.shape[1], device=slot.device).expand_as(slot).masked_fill(~sure, -1)
+        last = torch.full_like(self.selected, -1).scatter_reduce(1, slot, place, "amax")  # [R, M + 1]
+        chosen = label.gather(1, last.clamp(min=0))
+        self.selected.copy_(torch.where(last >= 0, chosen, self.selected))
+
+    def is_naive(self, slot: Tensor) -> Tensor:
+        """The flags of some rows.    Shapes: slot [R, n] -> [R, n] bool."""
+        return self.naive.gather(1, slot)
+
+    def known(self, visits: int = 1) -> Tensor:
+        """Which rows have been visited so often?    Shapes: -> [R, M] bool."""
+        return self.visits[:, : self.capacity] >= visits
+
+    def mark(self, flags: Tensor) -> None:
+        """Set the flags of all rows.    Shapes: flags [R, M] bool."""
+        self.naive[:, : self.capacity] = flags
