@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_sim.errors import BadConfig, UnknownName
+from cl_sim.randaugment import strong
 from cl_sim.rng import Rng
 from cl_sim.types import Batch, Field
 
@@ -337,8 +338,9 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "jitter": jitter,
     "grey": grey,
     "replay": replay_views,
+    "strong": strong,
 }
-COLOURS = ("jitter", "grey", "replay")  # these need one or three channels
+COLOURS = ("jitter", "grey", "replay", "strong")  # these need one or three channels
 
 
 NUMBERS = {  # what the number behind a name means

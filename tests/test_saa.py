@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import references_saa as slow
 import torch
 from hypothesis import given
 from hypothesis.strategies import booleans, floats, integers, lists, sampled_from
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import losses
+from cl_sim import losses, randaugment
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
-from cl_sim.augment import join_halves
+from cl_sim.augment import flip, join_halves, pipeline
+from cl_sim.errors import BadConfig
 from cl_sim.memory.queue import Queue
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.memory.rows import Rows
@@ -383,3 +386,135 @@ def test_a_table_never_reads_the_host_and_keeps_runs_apart() -> None:
             t.mark(t.known() & t.is_naive(slot[part, :1]))
             t.reset(slot[part, :2])
     assert lines(alone) == {name: [column[1]] for name, column in lines(table).items()}
+
+
+# --- strong views
+
+NAMES = list(randaugment.POOL)
+
+
+def photos(batch: int, height: int, width: int, seed: int, channels: int = 3) -> Tensor:
+    """Smooth pictures with noise, some dark, some of few brightnesses: [1, B, C, H, W]."""
+    rough = torch.rand(batch, channels, 4, 4, generator=source(seed))
+    x = torch.nn.functional.interpolate(rough, (height, width), mode="bilinear")
+    x = x + 0.1 * torch.randn(x.shape, generator=source(seed + 1))
+    x = (x * torch.linspace(0.05, 1.2, batch)[:, None, None, None] * 255).clamp(0, 255).to(torch.uint8)
+    x[0] = 77  # one colour only
+    x[1] = x[1] // 100 * 100
+    return x[None]
+
+
+def to_pil(x: Tensor) -> Image.Image:
+    return Image.fromarray(x.permute(1, 2, 0).numpy() if len(x) == 3 else x[0].numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    array = torch.from_numpy(np.array(image))
+    return array.permute(2, 0, 1) if array.dim() == 3 else array[None]
+
+
+def by_pillow(image: Image.Image, name: str, v: float) -> Image.Image:
+    width, height = image.size
+    made = {
+        "identity": lambda: image,
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(v),
+        "color": lambda: ImageEnhance.Color(image).enhance(v),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(v),
+        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(v),
+        "posterize": lambda: ImageOps.posterize(image, int(v)),
+        "solarize": lambda: ImageOps.solarize(image, v),
+        "rotate": lambda: image.rotate(v),
+        "shear_x": lambda: image.transform(image.size, Image.Transform.AFFINE, (1, v, 0, 0, 1, 0)),
+        "shear_y": lambda: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, v, 1, 0)),
+        "translate_x": lambda: image.transform(image.size, Image.Transform.AFFINE, (1, 0, v * width, 0, 1, 0)),
+        "translate_y": lambda: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, v * height)),
+    }
+    return made[name]()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_operation_equals_pillows_to_the_bit(name: str, channels: int) -> None:
+    low, high = randaugment.POOL[name]
+    for height, width in ((32, 32), (17, 24)):
+        x = photos(12, height, width, seed=height, channels=channels)
+        v = torch.cat([torch.tensor([low, high]), low + (high - low) * torch.rand(10, generator=source(3))]).double()
+        kind = torch.full((1, 12), randaugment.NUMBER[name])
+        out = randaugment.apply_operation(x, kind, v[None])
+        for item in range(12):
+            expected = from_pil(by_pillow(to_pil(x[0, item]), name, float(v[item])))
+            assert torch.equal(out[0, item], expected), f"{name} by {float(v[item])} at {height}x{width}"
+
+
+def test_the_square_equals_the_drawn_rectangle() -> None:
+    height, width, count = 20, 32, 60
+    x = photos(count, height, width, seed=1)
+    side = 0.5 * torch.rand(1, count, generator=source(1)).double()
+    centre = torch.rand(1, count, 2, generator=source(2)).double()
+    out = randaugment.apply_cutout(x, side, centre)
+    for item in range(count):
+        image, reach = to_pil(x[0, item]), float(side[0, item]) * width
+        y0, x0 = float(centre[0, item, 0]) * height, float(centre[0, item, 1]) * width
+        x0, y0 = int(max(0, x0 - reach / 2)), int(max(0, y0 - reach / 2))
+        corners = (x0, y0, min(width, x0 + reach), min(height, y0 + reach))
+        ImageDraw.Draw(image).rectangle(corners, (125, 123, 114))
+        assert torch.equal(out[0, item], from_pil(image))
+
+
+def test_a_strong_view_is_its_operations_in_order_and_then_the_square() -> None:
+    x, recipe = photos(30, 32, 32, seed=5), randaugment.draw_strong(Rng([3], "t"), 30)
+    out = randaugment.apply_strong(x, recipe)
+    for item in range(30):
+        image = to_pil(x[0, item])
+        for place in range(3):
+            name = NAMES[int(recipe.kind[0, item, place])]
+            image = by_pillow(image, name, float(recipe.magnitude[0, item, place]))
+        last = randaugment.apply_cutout(
+            from_pil(image)[None, None], recipe.side[:, item, None], recipe.centre[:, item, None]
+        )
+        assert torch.equal(out[0, item], last[0, 0])
+
+
+def share_z(count: int, trials: int, probability: float) -> float:
+    return abs(count / trials - probability) / math.sqrt(probability * (1 - probability) / trials)
+
+
+def test_operations_are_drawn_equally_often_and_magnitudes_evenly_over_their_range() -> None:
+    """42 counts and 42 halves of ranges; one beyond 4.5 standard errors by chance in 1 of 1700 tests."""
+    recipe = randaugment.draw_strong(Rng(range(4), "t"), 5000)
+    for number, (low, high) in enumerate(randaugment.POOL.values()):
+        for place in range(3):
+            drawn = recipe.kind[..., place] == number
+            assert share_z(int(drawn.sum()), 20_000, 1 / 14) < 4.5
+            v = recipe.magnitude[..., place][drawn]
+            assert low <= float(v.min()) <= float(v.max()) <= high
+            if high > low:
+                assert share_z(int((v < (low + high) / 2).sum()), len(v), 0.5) < 4.5
+    assert share_z(int((recipe.side < 0.25).sum()), 20_000, 0.5) < 4.5
+    assert float(recipe.side.max()) < 0.5
+    assert share_z(int((recipe.centre < 0.5).sum()), 40_000, 0.5) < 4.5
+
+
+def test_strong_views_are_the_same_alone_and_stacked_without_host_reads_and_in_both_dtypes() -> None:
+    x = photos(8, 16, 16, seed=2).expand(3, -1, -1, -1, -1)
+    with NoHostReads():
+        stacked = randaugment.strong(x, Rng([4, 5, 6], "t"))
+    assert torch.equal(stacked[1], randaugment.strong(x[1:2], Rng([5], "t"))[0])
+    assert stacked.dtype == torch.uint8
+    assert not torch.equal(stacked[0], stacked[1])
+    floats_ = randaugment.strong(x.float() / 255, Rng([4, 5, 6], "t"))
+    assert torch.equal((floats_ * 255).round().to(torch.uint8), stacked)
+
+
+def test_strong_views_can_be_asked_for_by_name() -> None:
+    fields = {"x": Field((3, 16, 16), torch.uint8)}
+    x = photos(4, 16, 16, seed=2)
+    made = pipeline(["strong", "flip"], Rng([5], "t"), fields)({"x": x})["x"]
+    rng = Rng([5], "t")
+    assert torch.equal(made, flip(randaugment.strong(x, rng), rng))
+    with pytest.raises(BadConfig, match="takes no number"):
+        pipeline(["strong:3"], Rng([5], "t"), fields)
+    with pytest.raises(BadConfig, match="1 or 3 channels"):
+        pipeline(["strong"], Rng([5], "t"), {"x": Field((2, 16, 16), torch.uint8)})
