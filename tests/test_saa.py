@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import losses, randaugment
+from cl_sim import encoders, losses, randaugment
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
 from cl_sim.augment import flip, join_halves, pipeline
+from cl_sim.encoders.resnet import WideResNet
 from cl_sim.errors import BadConfig
 from cl_sim.memory.queue import Queue
 from cl_sim.memory.reservoir import Reservoir
@@ -518,3 +519,59 @@ def test_strong_views_can_be_asked_for_by_name() -> None:
         pipeline(["strong:3"], Rng([5], "t"), fields)
     with pytest.raises(BadConfig, match="1 or 3 channels"):
         pipeline(["strong"], Rng([5], "t"), {"x": Field((2, 16, 16), torch.uint8)})
+
+
+# --- the wide residual network
+
+
+def test_wide_resnets_have_the_published_sizes() -> None:
+    for width, classes, size in ((2, 10, 1_467_610), (8, 100, 23_401_012)):
+        net = WideResNet(28, width)
+        assert net.dim == 64 * width
+        assert sum(p.numel() for p in net.parameters()) + (net.dim + 1) * classes == size
+
+
+def norm_by_hand(x: Tensor, norm: torch.nn.BatchNorm2d) -> Tensor:
+    mean, spread = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+    flat = (x - mean) / (spread + 1e-5).sqrt()
+    flat = flat * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return torch.where(flat > 0, flat, 0.1 * flat)
+
+
+@pytest.mark.parametrize("width", [1, 2])  # width 1: the first group keeps its channels
+def test_a_wide_resnet_equals_its_layers_written_out(width: int) -> None:
+    net = WideResNet(16, width, momentum=0.001).double()
+    for norm in (part for part in net.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.weight, 1, 0.2)
+        torch.nn.init.normal_(norm.bias, 0, 0.2)
+    x = normal(3, 3, 12, 12, seed=0)
+    conv = torch.nn.functional.conv2d
+    out, inner, number = conv(x, net.stem.weight, padding=1), 16, 0
+    for outer, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+        for place in range(2):
+            block, step = net.blocks[number], stride if place == 0 else 1
+            ready = norm_by_hand(out, block.norm1)
+            inside = norm_by_hand(conv(ready, block.conv1.weight, stride=step, padding=1), block.norm2)
+            through = out if inner == outer else conv(ready, block.shortcut.weight, stride=step)
+            out, inner, number = through + conv(inside, block.conv2.weight, padding=1), outer, number + 1
+    mean = out.mean((0, 2, 3))
+    assert_close(net(x), norm_by_hand(out, net.norm).mean((2, 3)), rtol=1e-9, atol=1e-9)
+    assert_close(net.norm.running_mean, 0.001 * mean)
+
+
+def test_wide_resnets_start_with_the_stated_variances() -> None:
+    """The mean square of n weights has a standard error of sqrt(2 / n): one of 28 beyond 5 of them in 1 of 60,000 tests."""
+    torch.manual_seed(0)
+    convolutions = [part for part in WideResNet(28, 2).modules() if isinstance(part, torch.nn.Conv2d)]
+    assert len(convolutions) == 28
+    for conv in convolutions:
+        weight, expected = conv.weight.detach(), 2 / (conv.kernel_size[0] ** 2 * conv.out_channels)
+        assert abs(float(weight.square().mean()) / expected - 1) < 5 * math.sqrt(2 / weight.numel())
+
+
+def test_wide_resnets_are_found_by_name_and_refuse_other_depths() -> None:
+    cfg = encoders.config_class("wide_resnet")(depth=10, width=1)
+    net = encoders.build("wide_resnet", cfg, Field((1, 10, 14), torch.uint8))
+    assert net(whole(256, 2, 1, 10, 14, seed=0).to(torch.uint8)).shape == (2, 64)
+    with pytest.raises(BadConfig, match="6 n \\+ 4"):
+        encoders.config_class("wide_resnet")(depth=18)

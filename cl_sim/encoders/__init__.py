@@ -24,6 +24,7 @@ ENCODERS = {
     "reduced_resnet18": Entry("resnet", "ReducedResNet18Config"),
     "resnet18": Entry("resnet", "ResNet18Config"),
     "sasrec": Entry("transformer", "SASRecConfig"),
+    "wide_resnet": Entry("resnet", "WideResNetConfig"),
 }
 OTHERS = Entry("torchvision", "NamedModelConfig")
 SMALLEST_IMAGE = 28  # pixels; below, a perceptron is the default
