@@ -194,7 +194,7 @@ def _facts(made: RunConfig, stream: Stream, comparison: str) -> dict[str, Any]:
 
 def stream_name(made: RunConfig) -> str:
     """The stream as it is typed, e.g. split-cifar10; of a path only the last part."""
-    source = getattr(made.stream.config, "data", "") or getattr(made.stream.config, "benchmark", "")
+    source = next((value for key in ("data", "benchmark", "of") if (value := getattr(made.stream.config, key, ""))), "")
     kind, colon, path = source.partition(":")
     short = f"{kind}-{Path(path.split('#')[0]).name.split('.')[0]}" if colon else source
     return f"{made.stream.name}-{short}" if short else made.stream.name

@@ -17,7 +17,7 @@ from cl_sim.errors import Diverged
 from cl_sim.measure import TESTED
 from cl_sim.meter import Column, Meter
 from cl_sim.strategy import Strategy
-from cl_sim.stream import Holdout, Stream
+from cl_sim.stream import Holdout, Stream, truth
 from cl_sim.tracking.journal import Journal
 from cl_sim.types import Batch, Logs
 
@@ -129,7 +129,7 @@ def run(
         batch = stream.batch(step)
         if plan.tests(step):
             with clock.paused():
-                meter.add(step, test(strategy, batch))
+                meter.add(step, test(strategy, batch, truth(stream, step, batch)))
         meter.add(step, strategy.observe(batch))
         if stream.announces and stream.ends_task(step):
             strategy.boundary()
@@ -161,13 +161,16 @@ def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place
     checkpoint.save(place.folder, step + 1, {"owner": place.owner, **state})
 
 
-def test(strategy: Strategy, batch: Batch) -> Logs:
-    """Test-then-train sums of one batch, before it is learned.    Shapes: -> each [R]."""
+def test(strategy: Strategy, batch: Batch, known: Batch) -> Logs:
+    """Test-then-train sums of one batch, before it is learned; `known` is the batch with its true labels.
+
+    Shapes: -> each [R].
+    """
     strategy.eval()
     with torch.inference_mode():
         answer = strategy.predict(batch)
     strategy.train()
-    sums = measure.of(strategy.env.task).test(answer, batch)
+    sums = measure.of(strategy.env.task).test(answer, known)
     return {TEST + name: value for name, value in sums.items()}
 
 

@@ -1,7 +1,7 @@
 """Name -> class. Strategies and streams are found by file name or entry point and imported only when asked for.
 
 A name may carry an argument: `avalanche:Replay` is the strategy `avalanche` with its first setting 'Replay', and
-`split-cifar10` is the stream `split` with data 'cifar10'.
+`split-cifar10` is the stream `split` with data 'cifar10', `few_labels-split-cifar10` the stream `few_labels` of that one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def resolve(kind: str, full: str) -> Found:
     short, mark, rest = full.partition(":") if kind == "strategy" else full.partition("-")
     if short in known and rest:
         first = next(iter(_settings(load(kind, short))), "")
-        if kind == "strategy" or first in ("data", "benchmark"):
+        if kind == "strategy" or first in ("data", "benchmark", "of"):
             return Found(short, {first: rest})
         raise BadConfig(f"{kind} '{short}' takes no name after the '{mark}'; type just '{short}'")
     raise UnknownName(kind, full, known, f"cl-sim list {PACKAGES[kind]}")

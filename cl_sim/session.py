@@ -38,6 +38,12 @@ def build_stream(config: RunConfig, seeds: Sequence[int]) -> Stream:
             f"strategy '{config.strategy.name}' can {' or '.join(sorted(strategy.tasks))}, but stream "
             f"'{config.stream.name}' asks to {stream.task}; see cl-sim list strategies"
         )
+    if "is_labelled" in stream.fields and not strategy.takes_unlabelled:
+        able = [name for name in registry.names("strategy") if registry.load("strategy", name).takes_unlabelled]
+        raise BadConfig(
+            f"strategy '{config.strategy.name}' needs every label, but stream '{config.stream.name}' hides some; these "
+            f"learn from both: {', '.join(able)}"
+        )
     return stream
 
 

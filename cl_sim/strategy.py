@@ -69,6 +69,7 @@ class Strategy(nn.Module):
     Config: ClassVar[type]
     tasks: ClassVar[frozenset[str]]
     iid: ClassVar[bool] = False  # True: wants the stream's samples in one shuffled order (an upper reference)
+    takes_unlabelled: ClassVar[bool] = False  # can it learn from batches in which labels are hidden (y is -1)?
     views: ClassVar[tuple[str, ...]] = ()  # augmentations of images unless the user names others: part of the method
     role: ClassVar[str] = "strategy"  # or "lower bound", "upper bound": how tables and the MLflow tag call it
 

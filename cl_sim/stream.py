@@ -60,3 +60,12 @@ class Stream(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """Counts and choices worth printing: tasks, class order of the first run, samples left out."""
         ...
+
+
+def truth(stream: Stream, step: int, batch: Batch) -> Batch:
+    """The batch as it is measured: with the labels that the stream hides from strategies, if it hides any.
+
+    A stream that does has a method `truth(step)`, its labels [R, B].
+    """
+    hidden = getattr(stream, "truth", None)
+    return batch if hidden is None else {**batch, "y": hidden(step)}

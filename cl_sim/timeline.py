@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_sim.indexed import IndexedStream
-from cl_sim.stream import Stream
+from cl_sim.stream import Stream, truth
 
 SHADES = " ·░▒▓█"
 LINES = 20  # drawn at most; more classes are grouped
@@ -43,7 +43,7 @@ def _labels(stream: Stream) -> NDArray[np.int64]:
         known: NDArray[np.int64] = stream.schedule.labels[0]
         return known
     labels: NDArray[np.int64] = np.concatenate(
-        [stream.batch(step)[_label(stream)][0].cpu().numpy() for step in range(len(stream))]
+        [truth(stream, step, stream.batch(step))[_label(stream)][0].cpu().numpy() for step in range(len(stream))]
     )
     return labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import encoders, losses, randaugment
+from cl_sim import encoders, losses, randaugment, registry, session, timeline
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
 from cl_sim.augment import flip, join_halves, pipeline
+from cl_sim.config import from_dict
 from cl_sim.encoders.resnet import WideResNet
+from cl_sim.engine import hit_rate
 from cl_sim.errors import BadConfig
 from cl_sim.memory.queue import Queue
 from cl_sim.memory.reservoir import Reservoir
@@ -25,8 +28,12 @@ from cl_sim.memory.rows import Rows
 from cl_sim.memory.table import Table
 from cl_sim.rng import Rng
 from cl_sim.runs import per_run
-from cl_sim.testing import NoHostReads
+from cl_sim.strategy import Strategy
+from cl_sim.stream import Stream, truth
+from cl_sim.testing import NoHostReads, toy
 from cl_sim.types import Field
+from cl_sim.wrapped import by_name, column
+from streams.few_labels import FewLabels, FewLabelsConfig
 
 F64 = torch.float64
 seeds = integers(0, 10**6)
@@ -575,3 +582,127 @@ def test_wide_resnets_are_found_by_name_and_refuse_other_depths() -> None:
     assert net(whole(256, 2, 1, 10, 14, seed=0).to(torch.uint8)).shape == (2, 64)
     with pytest.raises(BadConfig, match="6 n \\+ 4"):
         encoders.config_class("wide_resnet")(depth=18)
+
+
+# --- a stream with few labels
+
+CPU = torch.device("cpu")
+BASES = {
+    "split": ("split-digits", ()),
+    "drift": ("drift-digits", ("kind=rotate", "repeat=true", "cycles=1", "domains=2")),
+}
+
+
+def few(
+    seeds_: tuple[int, ...] = (0,), of: str = "split-digits", inner: tuple[str, ...] = (), **settings: Any
+) -> FewLabels:
+    return FewLabels(FewLabelsConfig(of=of, settings=inner, **settings), seeds_, CPU)
+
+
+def stretch(stream: Stream, key: str) -> Tensor:
+    return torch.cat([stream.batch(step)[key] for step in range(len(stream))], 1)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_strategy_cannot_tell_streams_apart_that_differ_in_hidden_labels_alone(base: str) -> None:
+    """Whatever it computes from batches and fields is then a function of the labels it was given."""
+    one, two = (few((3, 4), *BASES[base], fraction=0.1) for _ in range(2))
+    true = two.inner.labels.clone()
+    hidden = ~two.labelled
+    two.inner.labels = torch.where(hidden, (true[:, : two.samples] + 1) % two.classes, true[:, : two.samples])
+    assert one.fields == two.fields
+    differ = 0
+    for step in range(len(one)):
+        here, there = one.batch(step), two.batch(step)
+        assert here.keys() == there.keys() == one.fields.keys()
+        for key, value in here.items():
+            assert torch.equal(value, there[key]), key
+        differ += int((one.truth(step) != two.truth(step)).sum())
+    assert differ == int(hidden.sum()) > 0
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_labels_are_the_others_where_known_and_minus_one_elsewhere(base: str) -> None:
+    stream = few((3, 4), *BASES[base], fraction=0.3)
+    plain = by_name(BASES[base][0], BASES[base][1], (3, 4), CPU, "", False)
+    known, y, true = stretch(stream, "is_labelled"), stretch(stream, "y"), stretch(plain, "y")
+    assert torch.equal(y, torch.where(known, true, -1))
+    assert torch.equal(stretch(stream, "x"), stretch(plain, "x"))
+    assert torch.equal(torch.cat([stream.truth(step) for step in range(len(stream))], 1), true)
+    for run in range(2):  # the same sample has the same number and is labelled alike whenever it comes
+        seen: dict[int, tuple[int, bool]] = {}
+        new, old = stretch(stream, "index")[run].tolist(), stretch(plain, "index")[run].tolist()
+        for number, row, label in zip(new, old, known[run].tolist(), strict=True):
+            assert seen.setdefault(row, (number, label)) == (number, label)
+        assert len({number for number, _ in seen.values()}) == len(seen)
+    assert not torch.equal(stretch(stream, "index"), stretch(plain, "index"))
+
+
+def test_numbers_say_nothing_about_the_class() -> None:
+    """Among rows sorted by class, numbers and labels have no rank correlation: 5 standard errors, 1 / sqrt(n), else 1 in 10^6."""
+    stream = few(of="synthetic", inner=("per_class=300", "noise=0"), fraction=0.5)
+    number, y = stretch(stream, "index")[0].double(), column(stream.inner, "y")[0].astype(float)
+    for values, least, most in ((number, 0, 5), (torch.tensor(column(stream.inner, "index")[0]), 50, 60)):
+        assert least <= abs(np.corrcoef(values.numpy(), y)[0, 1]) * math.sqrt(len(y)) < most
+
+
+def test_each_sample_is_labelled_with_the_given_probability() -> None:
+    known = few(tuple(range(20)), fraction=0.05).labelled
+    assert share_z(int(known.sum()), known.numel(), 0.05) < 4.5  # false alarm: 7 in a million
+    assert not few(fraction=0.0).labelled.any()
+    assert few(fraction=1.0).labelled.all()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_every_class_gets_its_number_of_labels(first: bool) -> None:
+    stream = few((0, 1, 2), per_class=7, guarantee_first_label=first)
+    for run, (known, y) in enumerate(zip(stream.labelled.numpy(), column(stream.inner, "y"), strict=True)):
+        assert np.bincount(y[known], minlength=10).tolist() == [7] * 10
+        assert not first or all(known[np.flatnonzero(y == c)[0]] for c in range(10)), run
+    assert not torch.equal(stream.labelled[0], stream.labelled[1])
+
+
+def test_the_first_sample_of_every_class_is_labelled_if_asked_for_and_no_other() -> None:
+    stream = few((0, 1), fraction=0.0, guarantee_first_label=True)
+    assert stream.labelled.sum(1).tolist() == [10, 10]
+    for known, y in zip(stream.labelled.numpy(), column(stream.inner, "y"), strict=True):
+        assert all(known[np.flatnonzero(y == c)[0]] for c in range(10))
+
+
+def test_a_run_has_the_same_labels_alone_and_stacked() -> None:
+    alone, stacked = few((5,), fraction=0.2), few((4, 5), fraction=0.2)
+    for step in (0, 9, 3):
+        for key, value in alone.batch(step).items():
+            assert torch.equal(value[0], stacked.batch(step)[key][1])
+
+
+def test_hidden_labels_are_measured_by() -> None:
+    stream = few(fraction=0.1)
+    asked: list[set[int]] = []
+
+    class Zero(Strategy):
+        def predict(self, batch: dict[str, Tensor]) -> Tensor:
+            asked.append(set(batch["y"].unique().tolist()))
+            return torch.eye(10)[torch.zeros_like(batch["y"])]
+
+    strategy = Zero(None, toy("finetune", (0,)).strategy.env)
+    for step in range(len(stream)):
+        batch = stream.batch(step)
+        expected = (stream.inner.batch(step)["y"] == 0).float().mean(1)
+        assert torch.equal(hit_rate(strategy, batch, truth(stream, step, batch)), expected)
+    assert set.union(*asked) >= {-1}
+
+
+def test_few_labels_are_asked_for_by_name_and_mistakes_are_explained() -> None:
+    assert registry.resolve("stream", "few_labels-split-cifar10") == ("few_labels", {"of": "split-cifar10"})
+    assert "per class" in few().describe()["labelled"]
+    assert timeline.of(few(inner=("tasks=2",))).counts.sum() == few(inner=("tasks=2",)).samples
+    with pytest.raises(BadConfig, match="class 0 has only"):
+        few(per_class=143)
+    with pytest.raises(BadConfig, match="no setting is called 'split"):
+        few(inner=("task=2",))
+    with pytest.raises(BadConfig, match="that has them"):
+        few(of="few_labels-split-digits")
+    settings = {"stream": {"name": "few_labels"}, "strategy": {"name": "er"}, "encoder": {"name": "mlp"}}
+    with pytest.raises(BadConfig, match="needs every label"):
+        session.build_stream(from_dict(settings), (0,))
