@@ -4,7 +4,7 @@ Source: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning",
 Symbols: B_n -> new, B_M -> old, M -> memory, theta -> net.
 Departures: new and old take two forward passes by default, each with its own BatchNorm statistics, and their losses are
 added, as the online class-incremental code line does whose numbers are compared; `joint_pass=true` is the algorithm's
-single pass over both, with one mean loss.
+single pass over both, with one mean loss. `saa` gives recalled samples sample-adaptive views (see `saa`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from cl_sim.encoders.classifier import Classifier
+from cl_sim.errors import BadConfig
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, ReplayConfig, Tricks
+from cl_sim.replay import REVIEW, Tricks
 from cl_sim.runs import join, per_run
+from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
@@ -27,10 +29,15 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ERConfig(ReplayConfig):
+class ERConfig(AdaptiveReplayConfig):
     """Settings of experience replay."""
 
     joint_pass: bool = False  # one forward pass over new and old together
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.joint_pass and self.saa != "off":
+            raise BadConfig("joint_pass=true gives new and recalled samples the same views; leave strategy.saa out")
 
 
 class ER(Strategy):
@@ -42,6 +49,7 @@ class ER(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
+        self.saa = SampleAdaptive(cfg, env, self.memory)
         self.tricks = Tricks(cfg, env)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
@@ -57,13 +65,20 @@ class ER(Strategy):
             self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.saa.tick()}
 
     def joint_loss(self, new: Batch, old: Batch) -> Tensor:
         """The loss of both batches, in one pass or in two.    Shapes: -> [R]."""
         if self.cfg.joint_pass:
             return self.loss(join(new, old))
-        return self.loss(new) + self.loss(old) if len(self.memory) else self.loss(new)
+        return self.loss(new) + self.recalled_loss(old) if len(self.memory) else self.loss(new)
+
+    def recalled_loss(self, old: Batch) -> Tensor:
+        """Mean cross-entropy of recalled samples, in views made for each.    Shapes: -> [R]."""
+        view = self.saa.view(old)
+        logits = self.net(view["x"])
+        self.saa.note(view, logits, self.tricks.seen)
+        return cross_entropy(logits, view["y"])
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of one forward pass.    Shapes: -> [R]."""

@@ -4,7 +4,7 @@ Source: Caccia et al. 2022, "New Insights on Reducing Abrupt Representation Chan
 Symbols: B_n -> new, B_M -> old, M -> memory, theta -> net, C_old -> the classes masked in the loss of new.
 Departures: classes are masked by membership, not by label number, so that any class order works: the loss of the new
 batch competes among the classes of that batch and those not yet seen. As in ER, the very first batch, with an empty
-memory, is learned from the new batch alone.
+memory, is learned from the new batch alone. `saa` gives recalled samples sample-adaptive views (see `saa`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from cl_sim.config import at_least
 from cl_sim.encoders.classifier import CosineClassifier
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, ReplayConfig, Tricks
+from cl_sim.replay import REVIEW, Tricks
 from cl_sim.runs import per_run
+from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
@@ -29,7 +30,7 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ERACEConfig(ReplayConfig):
+class ERACEConfig(AdaptiveReplayConfig):
     """Settings of ER-ACE."""
 
     scale: float = 10.0  # of the cosine scores
@@ -48,6 +49,7 @@ class ERACE(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: CosineClassifier(env.encoder(), env.classes, cfg.scale))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
+        self.saa = SampleAdaptive(cfg, env, self.memory)
         self.tricks = Tricks(cfg, env)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
@@ -63,11 +65,14 @@ class ERACE(Strategy):
             old = self.memory.sample(self.cfg.replay)  # B_M ~ M
             loss = cross_entropy(self.scores(new).masked_fill(masked[:, None], -torch.inf), new["y"])
             if len(self.memory):
-                loss = loss + cross_entropy(self.scores(old), old["y"])
+                view = self.saa.view(old)
+                logits = self.net(view["x"])
+                loss = loss + cross_entropy(logits, view["y"])
+                self.saa.note(view, logits, self.tricks.seen)
             self.descend(loss, self.sgd)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.saa.tick()}
 
     def scores(self, batch: Batch) -> Tensor:
         """Scaled cosines of the augmented batch.    Shapes: -> [R, B, C]."""

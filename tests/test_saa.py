@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
+import strategies.saa
 from cl_sim import encoders, losses, randaugment, registry, session, timeline
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
 from cl_sim.augment import flip, join_halves, pipeline
@@ -30,7 +31,7 @@ from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Stream, truth
-from cl_sim.testing import NoHostReads, toy
+from cl_sim.testing import NoHostReads, Toy, toy, train
 from cl_sim.types import Field
 from cl_sim.wrapped import by_name, column
 from streams.few_labels import FewLabels, FewLabelsConfig
@@ -706,3 +707,182 @@ def test_few_labels_are_asked_for_by_name_and_mistakes_are_explained() -> None:
     settings = {"stream": {"name": "few_labels"}, "strategy": {"name": "er"}, "encoder": {"name": "mlp"}}
     with pytest.raises(BadConfig, match="needs every label"):
         session.build_stream(from_dict(settings), (0,))
+
+
+# --- sample-adaptive views in replay
+
+SMALL = {"capacity": 40, "saa": "replay"}
+
+
+def replaying(name: str = "saa", seeds_: tuple[int, ...] = (0,), **settings: Any) -> Toy:
+    return toy(name, seeds_, {"strategy": {**SMALL, **settings}, "augment": ["flip"]})
+
+
+def weights(made: Toy) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in made.strategy.net.parameters()]
+
+
+def alike(one: Toy, two: Toy) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
+
+
+@pytest.mark.parametrize("name", ["saa", "er", "er_ace"])
+def test_with_no_flag_the_run_is_the_plain_strategy_to_the_bit(name: str) -> None:
+    plain, none, method = (replaying(name, (0, 1), saa=arm) for arm in ("off", "none", "replay"))
+    for step in range(len(plain.stream)):
+        for made in (plain, none, method):
+            train(made, step, step + 1)
+        assert alike(plain, none)
+        if step < 12:  # before the first selection: 3 periods of 40 / 10 steps
+            assert alike(plain, method)
+    assert not alike(plain, method)
+
+
+def test_er_with_the_plugin_is_saa_to_the_bit() -> None:
+    er, saa = replaying("er"), replaying("saa")
+    for made in (er, saa):
+        train(made, 0, len(made.stream))
+    assert alike(er, saa)
+
+
+@pytest.mark.parametrize("arm", ["replay", "ssl", "inverse"])
+def test_flags_follow_the_losses_step_by_step_as_the_rules_written_out_say(arm: str) -> None:
+    """A dictionary by sample and Otsu in fractions, fed with the losses noted, say the same as table and selection."""
+    made = replaying(saa=arm, history_decay=0.25)
+    strategy, memory, table = made.strategy, made.strategy.memory, made.strategy.memory.table
+    noted: list[tuple[list[int], list[float]]] = []
+    visit = table.visit
+    table.visit = lambda slot, loss, decay: (
+        noted.append((slot[0].tolist(), loss[0].tolist())),
+        visit(slot, loss, decay),
+    )
+    lines_: dict[int, dict[str, Any]] = {}
+    resting: list[int] = []
+    for step in range(len(made.stream)):
+        noted.clear()
+        strategy.observe(made.stream.batch(step))
+        for slot, loss in zip(*noted[0], strict=True) if noted else ():
+            line = lines_[resting[slot]]
+            line["h"] = 0.25 * line["h"] + 0.75 * loss if line["visits"] else loss
+            line["visits"] += 1
+        resting = memory.row("index")[0, : len(memory)].tolist()
+        lines_ = {sample: lines_.get(sample, {"h": 0.0, "visits": 0, "naive": False}) for sample in resting}
+        known_ = [lines_[sample] for sample in resting if lines_[sample]["visits"] >= 2]
+        if (step + 1) >= 12 and (step + 1) % 4 == 0 and 2 * len(known_) >= len(resting):
+            threshold = slow.otsu([line["h"] for line in known_])
+            for line in known_:
+                low = line["h"] < threshold
+                line["naive"] = not low if arm == "inverse" else low
+        for slot, sample in enumerate(resting):
+            line = lines_[sample]
+            assert bool(table.naive[0, slot]) == line["naive"], f"step {step}"
+            assert int(table.visits[0, slot]) == line["visits"]
+            assert float(table.history[0, slot]) == pytest.approx(line["h"], rel=1e-5, abs=1e-7)
+    assert 0 < sum(line["naive"] for line in lines_.values()) < 40
+
+
+@pytest.mark.parametrize("arm", ["replay", "ssl", "random", "inverse"])
+def test_a_slot_that_was_not_recalled_often_enough_is_never_naive(arm: str) -> None:
+    made = replaying(seeds_=(0, 1), saa=arm, min_visits=3)
+    flagged = 0
+    for step in range(len(made.stream)):
+        train(made, step, step + 1)
+        table = made.strategy.memory.table
+        assert not bool((table.naive & (table.visits < 3))[:, :40].any())
+        flagged += int(table.naive[:, :40].sum())
+    assert flagged
+
+
+@pytest.mark.parametrize(("levels", "low", "high"), [("replay", 0, 2), ("replay-soft", 0, 1), ("ssl", 1, 2)])
+def test_each_row_gets_the_views_of_its_level(levels: str, low: int, high: int) -> None:
+    made, twin = replaying(saa=levels), Rng([0], "sample-adaptive views")
+    x, hard = photos(20, 8, 8, seed=4), whole(2, 1, 20, seed=5).bool()
+    out = made.strategy.saa.at(x, hard)
+    a = randaugment.strong(x, twin)
+    views = [x, a]
+    if high == 2:
+        left = twin.chance(0.5, 20)
+        views.append(join_halves(a, randaugment.strong(x, twin), left))
+    for item in range(20):
+        assert torch.equal(out[0, item], views[high if hard[0, item] else low][0, item])
+
+
+def test_the_new_batch_keeps_its_plain_views_whatever_is_flagged() -> None:
+    made = toy("saa", (0,), {"strategy": {**SMALL, "saa": "all"}, "augment": []})
+    train(made, 0, 5)
+    seen: list[Tensor] = []
+    made.strategy.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    new = made.stream.batch(5)
+    made.strategy.observe(new)
+    assert len(seen) == 2
+    assert torch.equal(seen[0], new["x"])
+
+
+def test_the_control_arms_flag_none_all_as_many_or_the_others() -> None:
+    made = {arm: replaying(saa=arm).strategy.saa for arm in ("none", "all", "random", "inverse", "replay")}
+    slot, known_ = torch.arange(40)[None], whole(3, 1, 40, seed=1) > 0
+    naive, history = whole(2, 1, 40, seed=2).bool(), torch.zeros(1, 40)
+    assert not made["none"].hard(slot).any()
+    assert made["all"].hard(slot).all()
+    assert torch.equal(made["replay"].arm(naive, known_, history), naive & known_)
+    assert torch.equal(made["inverse"].arm(naive, known_, history), ~naive & known_)
+    chosen = [made["random"].arm(naive, known_, history) for _ in range(200)]
+    assert all(int(one.sum()) == int((naive & known_).sum()) for one in chosen)
+    assert not any(bool((one & ~known_).any()) for one in chosen)
+    often = torch.stack(chosen).sum(0)[
+        known_
+    ]  # each known slot equally often; 4.5 standard errors, false alarm 1 in 5000
+    rate = float((naive & known_).sum() / known_.sum())
+    assert max(share_z(int(n), 200, rate) for n in often) < 4.5
+
+
+def test_the_guard_keeps_what_is_not_learned_from_being_naive() -> None:
+    made = replaying(max_naive_loss=1e-9)
+    train(made, 0, len(made.stream))
+    assert not made.strategy.memory.table.naive.any()
+
+
+def test_losses_are_divided_by_the_log_of_the_classes_seen_if_asked_for() -> None:
+    plain, divided = replaying(saa="none"), replaying(saa="none", normalise_by_log_classes=True)
+    for made in (plain, divided):
+        train(made, 0, 6)  # the classes 0 and 1
+    one, two = (made.strategy.memory.table.history for made in (plain, divided))
+    assert_close(two, one / math.log(2))
+
+
+def test_only_easy_views_count_where_that_is_asked_for() -> None:
+    made = replaying(saa="all", history_from="low")
+    train(made, 0, 10)
+    assert not made.strategy.memory.table.visits[:, :40].any()
+    some = replaying(history_from="low")
+    some.strategy.memory.table.naive.fill_(True)
+    hard = some.strategy.saa.hard(torch.zeros(1, 20_000, dtype=torch.int64))
+    assert share_z(int(hard.sum()), 20_000, 0.8) < 4.5  # false alarm: 7 in a million
+
+
+def test_logs_tell_the_share_of_naive_slots_and_of_those_that_changed() -> None:
+    made, before = replaying(), torch.zeros(40, dtype=torch.bool)
+    for step in range(len(made.stream)):
+        held = made.strategy.memory.table.naive[0, :40].clone()
+        logs = made.strategy.observe(made.stream.batch(step))
+        after = made.strategy.memory.table.naive[0, :40]
+        assert all(bool(value.isfinite().all()) for value in logs.values())
+        assert logs["saa_naive"].item() == pytest.approx(float(after.sum()) / len(made.strategy.memory))
+        before = held
+    assert before.any()
+
+
+def test_samples_without_pixels_and_settings_without_effect_are_refused() -> None:
+    table_rows = {"stream": {"name": "synthetic", "channels": 2}, "strategy": SMALL}
+    with pytest.raises(BadConfig, match="needs images of 1 or 3 channels"):
+        toy("saa", (0,), table_rows)
+    with pytest.raises(BadConfig, match="leave it out"):
+        toy("saa", (0,), {"strategy": {"saa": "replay", "saa_levels": "ssl"}})
+    with pytest.raises(BadConfig, match=r"leave strategy\.saa out"):
+        toy("er", (0,), {"strategy": {"saa": "replay", "joint_pass": True}})
+
+
+def test_the_public_functions_are_found_in_the_strategys_file() -> None:
+    assert strategies.saa.otsu_threshold is otsu_threshold
+    assert strategies.saa.update_flags is update_flags
+    assert strategies.saa.update_history is update_history
