@@ -79,7 +79,6 @@ def column(stream: Stream, name: str) -> NDArray[np.int64]:
         return known[:, : stream.samples]
     parts: list[Tensor] = []
     for step in range(len(stream)):
-        batch = stream.batch(step)
-        parts.append(truth(stream, step, batch) if name == "y" else batch[name])
+        parts.append(truth(stream, step, stream.batch(step))[name])
     values: NDArray[np.int64] = torch.cat(parts, 1).cpu().numpy()
     return values

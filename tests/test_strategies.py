@@ -29,7 +29,7 @@ TOYS = {
     "hpcr": SMALL_STEPS,
     "ocm": NARROW,
     "pcr": SMALL_STEPS,
-    "saa": {"strategy": {"capacity": 40}, "augment": []},  # selections within the stream; 8 pixels do not survive shift:4
+    "saa": {"strategy": {"capacity": 40}, "augment": []},  # 8 pixels do not survive shift:4
 }
 
 
