@@ -691,7 +691,7 @@ def prequential(made: Toy) -> list[tuple[float, float]]:
     with torch.inference_mode():
         for step in range(len(made.stream)):
             batch = made.stream.batch(step)
-            for name, value in engine.test(made.strategy, batch).items():
+            for name, value in engine.test(made.strategy, batch, batch).items():
                 total[name] = total.get(name, torch.zeros(())) + value
             made.strategy.observe(batch)
     names = ("test hr10", "test ndcg10")
