@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,10 +62,13 @@ def test_the_core_imports_with_only_torch_and_numpy() -> None:
 
 
 def test_help_answers_without_torch_in_half_a_second() -> None:
+    """Processor time, so that other work on the machine does not count."""
     script = "import sys; from cl_sim.cli import main; main(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5, f"--help took {min(seconds):.2f} s at best"
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        seconds.append(spent)
+    assert min(seconds) < 0.5, f"--help took {min(seconds):.2f} s of processor time at best"
