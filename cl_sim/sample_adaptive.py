@@ -94,7 +94,8 @@ class SampleAdaptive(nn.Module):
         self.low, self.high = LEVELS[cfg.saa if cfg.saa in LEVELS else cfg.saa_levels]
         self.period = cfg.selection_period or -(-memory.capacity // cfg.replay)
         self.warm_up = cfg.warmup_steps or WARM_UP * self.period
-        self.own = Rng(env.seeds, "sample-adaptive views", env.device)
+        self.own = Rng(env.seeds, "strong views", env.device)
+        self.other = Rng(env.seeds, "second strong views", env.device)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=env.device))
         for name in ("threshold", "flipped"):
             self.register_buffer(name, torch.zeros(env.runs, device=env.device))
@@ -121,17 +122,20 @@ class SampleAdaptive(nn.Module):
         assert self.memory.table is not None
         naive = self.memory.table.is_naive(slot)
         if self.cfg.history_from == "low":
-            naive = naive & ~self.own.chance(RETEST, slot.shape[1])
+            naive = naive & ~self.other.chance(RETEST, slot.shape[1])
         return naive
 
     def at(self, x: Tensor, hard: Tensor) -> Tensor:
         """Each image at its level, before the strategy's own views.    Shapes: x [R, B, C, H, W], hard [R, B] -> x."""
         first = strong(x, self.own)
         low = first if self.low else x
-        if self.high == 2:
-            left = self.own.chance(0.5, x.shape[1])
-            first = join_halves(first, strong(x, self.own), left)
-        return torch.where(hard[..., None, None, None], first, low)
+        high = self.joined(first, x) if self.high == 2 else first
+        return torch.where(hard[..., None, None, None], high, low)
+
+    def joined(self, first: Tensor, x: Tensor) -> Tensor:
+        """Level 2: a strong view of each image, half of it from a second one.    Shapes: [R, B, C, H, W] -> same."""
+        left = self.other.chance(0.5, x.shape[1])
+        return join_halves(first, strong(x, self.other), left)
 
     @torch.no_grad()
     def note(self, view: Batch, logits: Tensor, seen: Tensor) -> None:
@@ -178,7 +182,7 @@ class SampleAdaptive(nn.Module):
         if self.cfg.max_naive_loss:
             naive = naive & (history <= self.cfg.max_naive_loss)
         if self.cfg.saa == "random":
-            place = self.own.permutation(known.shape[1]).masked_fill(~known, known.shape[1])
+            place = self.other.permutation(known.shape[1]).masked_fill(~known, known.shape[1])
             rank = place.argsort(1).argsort(1)  # known slots first, in random order
             return rank < naive.sum(1, keepdim=True)
         return naive ^ self.inverse(known)

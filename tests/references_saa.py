@@ -86,3 +86,17 @@ def joined(a: list[list[float]], b: list[list[float]], left: bool) -> list[list[
             if (left and column < width // 2) or (not left and row < height // 2):
                 out[row][column] = b[row][column]
     return out
+
+
+def labelled(logits: Matrix, labels: Sequence[int]) -> float:
+    each = [-log_softmax(row)[y] for row, y in zip(logits, labels, strict=True) if y >= 0]
+    return math.fsum(each) / len(each) if each else 0.0
+
+
+def average(path: Vector, decay: float, ramp: bool) -> float:
+    """Of one weight: its values before the first and after every step."""
+    kept = path[0]
+    for k, value in enumerate(path[1:]):
+        a = min(1 - 1 / (k + 1), decay) if ramp else decay
+        kept = a * kept + (1 - a) * value
+    return kept

@@ -19,11 +19,14 @@ NO_CROPS = {"augment": ["jitter:1"]}  # of 8 pixels, in 40 steps
 FEW_ROWS = {"strategy": {"capacity": 40, "epochs": 20}}
 NARROW = {"strategy": {"replay": 32, "width": 16, "lr": 0.03}, **NO_CROPS}
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
+SEMI = {"strategy": {"capacity": 40, "labelled": 10, "unlabelled": 20, "saa": True, "answer": "net"}, "augment": []}
 TOYS = {
     "aser": SMALL_MEMORY,
     "derpp": LARGE_STEPS,
     "dvc": NO_CROPS,
     "ewc": {"strategy": {"every": 5}},  # tasks of 20 steps
+    "fixmatch": SEMI,
+    "flexmatch": SEMI,
     "gdumb": FEW_ROWS,
     "gss": SMALL_MEMORY,
     "hpcr": SMALL_STEPS,

@@ -65,6 +65,8 @@ class Table(nn.Module):
 
         Shapes: slot, label [R, n] int64, sure [R, n] bool.
         """
+        if not slot.shape[1]:
+            return
         place = torch.arange(slot.shape[1], device=slot.device).expand_as(slot).masked_fill(~sure, -1)
         last = torch.full_like(self.selected, -1).scatter_reduce(1, slot, place, "amax")  # [R, M + 1]
         chosen = label.gather(1, last.clamp(min=0))
