@@ -6,6 +6,7 @@ code runs on a CPU, under vmap and inside a CUDA graph. N rows in a batch, A anc
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -254,3 +255,50 @@ def fixmatch(weak_logits: Tensor, strong_logits: Tensor, threshold: Tensor | flo
     per_sample = F.cross_entropy(strong_logits, guess, reduction="none")
     sure = (confidence >= needed).to(per_sample.dtype)
     return (per_sample * sure).sum() / max(len(guess), 1), per_sample
+
+
+def alignment(p: Tensor, z: Tensor, neighbours: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """Minus the mean cosine between each prediction and the other view's target, averaged with that target's neighbours.
+
+    Rows 0..B-1 are view 1, B..2B-1 view 2 of the same images. Neighbour j of target o counts weights[o, j] times beside the
+    target's once (anchor pairing). No gradient enters targets and neighbours. The published row pairing is this function
+    on batches that were enlarged with `enhanced`, without neighbours.
+
+    Shapes: p and z [2B, D], neighbours [2B, k, D] of the rows of z, weights [2B, k] (none: 1 each) -> [].
+    Source: Poulakakis-Daktylidis and Jamali-Rad 2024, "BECLR: Batch Enhanced Contrastive Few-Shot Learning". Departures: anchor
+    pairing is ours; in the released code the appended rows get no gradient.
+    """
+    other = F.normalize(z.detach(), dim=-1).roll(len(z) // 2, 0)  # row r: the other view of the image of r
+    p = F.normalize(p, dim=-1)
+    likeness = (p * other).sum(-1)
+    if neighbours is None:
+        return -likeness.mean()
+    near = F.normalize(neighbours.detach(), dim=-1).roll(len(z) // 2, 0)  # [2B, k, D]
+    weight = near.new_ones(near.shape[:2]) if weights is None else weights.to(p.dtype).roll(len(z) // 2, 0)
+    whole = likeness + (weight * (near * p[:, None]).sum(-1)).sum(1)
+    return -(whole / (1 + weight.sum(1))).mean()
+
+
+def uniformity(z: Tensor, tau: float) -> Tensor:
+    """Log of the mean of exp(cosine / tau) over all pairs of rows of different images; 0 for a single image.
+
+    Rows 0..B-1 are view 1, B..2B-1 view 2 of the same images.    Shapes: z [2B, D] -> [].
+    Source: BECLR, the negatives of its loss; cf. Wang and Isola 2020, "Understanding Contrastive Representation Learning
+    through Alignment and Uniformity on the Hypersphere".
+    """
+    images = len(z) // 2
+    if images < 2:
+        return z.sum() * 0
+    z = F.normalize(z, dim=-1)
+    same = torch.eye(images, dtype=torch.bool, device=z.device).repeat(2, 2)
+    return (z @ z.T / tau).masked_fill(same, -torch.inf).flatten().logsumexp(0) - math.log(4 * images * (images - 1))
+
+
+def enhanced(rows: Tensor, neighbours: Tensor) -> Tensor:
+    """The enlarged batch of the published row pairing: per view the rows, then the neighbours of each row, best first.
+
+    Shapes: rows [2B, D], neighbours [2B, k, D] -> [2B(1 + k), D], unit rows; no gradient enters the neighbours.
+    Source: BECLR, as released.
+    """
+    views = zip(F.normalize(rows, dim=-1).chunk(2), F.normalize(neighbours.detach(), dim=-1).chunk(2), strict=True)
+    return torch.cat([part for row, near in views for part in (row, near.flatten(0, 1))])

@@ -1,0 +1,311 @@
+"""BECLR: the clustered memory, its losses and the few-shot read-outs, against slow twins and the properties they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import references_beclr as references
+import torch
+from hypothesis import given
+from hypothesis.strategies import floats, integers
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+
+from cl_sim import losses
+from cl_sim.memory.clusters import balanced_assignment, cluster_means, memory_rows, nearest_in_cluster
+from cl_sim.runs import per_run
+from cl_sim.schedules import cosine_value
+from cl_sim.testing import NoHostReads
+
+F64 = torch.float64
+seeds = integers(0, 10**6)
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(n: int, classes: int, seed: int = 0) -> Tensor:
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def number(value: float | list[list[float]]) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+def cosines(z: Tensor, prototypes: Tensor) -> Tensor:
+    return normalize(z, dim=-1) @ normalize(prototypes, dim=-1).T
+
+
+# balanced assignment
+
+
+@given(n=integers(1, 9), clusters=integers(1, 5), eps=floats(0.02, 2), iterations=integers(1, 12), seed=seeds)
+def test_balanced_assignment_equals_dividing_by_turns(
+    n: int, clusters: int, eps: float, iterations: int, seed: int
+) -> None:
+    scores, share = (
+        cosines(rows(n, 4, seed=seed), rows(clusters, 4, seed=seed + 1)),
+        rows(clusters, seed=seed).softmax(0),
+    )
+    for masses in (None, share):
+        slow = references.sinkhorn(
+            scores.tolist(), eps, iterations, [1 / clusters] * clusters if masses is None else masses.tolist()
+        )
+        assert_close(balanced_assignment(scores, eps, iterations, masses), number(slow), rtol=1e-9, atol=1e-12)
+
+
+@given(n=integers(2, 30), clusters=integers(1, 6), seed=seeds)
+def test_every_sample_is_given_away_whole_and_every_prototype_gets_its_share(n: int, clusters: int, seed: int) -> None:
+    scores, share = rows(n, clusters, seed=seed), rows(clusters, seed=seed + 1).softmax(0)
+    q = balanced_assignment(scores, 1.0, 200, share)
+    assert_close(q.sum(1), torch.ones(n, dtype=F64))
+    assert_close(q.sum(0), n * share, rtol=1e-3, atol=1e-3)
+
+
+def test_fifty_iterations_bring_equal_parts_to_a_thousandth() -> None:
+    scores = cosines(rows(400, 32), rows(10, 32, seed=1))
+    q = balanced_assignment(scores, 0.05, 50)
+    assert float((q.sum(0) / 40 - 1).abs().max()) < 1e-3
+
+
+@given(n=integers(1, 9), clusters=integers(2, 5), shift=floats(-50, 50), seed=seeds)
+def test_an_assignment_ignores_constants_and_follows_permutations(
+    n: int, clusters: int, shift: float, seed: int
+) -> None:
+    scores = rows(n, clusters, seed=seed)
+    q = balanced_assignment(scores, 0.5, 5)
+    assert_close(balanced_assignment(scores + shift, 0.5, 5), q)
+    order = torch.randperm(clusters, generator=torch.Generator().manual_seed(seed))
+    assert_close(balanced_assignment(scores[:, order], 0.5, 5), q[:, order])
+    turned = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert_close(balanced_assignment(scores[turned], 0.5, 5), q[turned])
+
+
+def near_prototypes(each: int, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+    prototypes = normalize(rows(clusters, 16, seed=2), dim=-1)
+    owner = torch.arange(clusters).repeat_interleave(each)
+    return prototypes[owner] + 0.05 * rows(each * clusters, 16, seed=3), prototypes, owner
+
+
+def test_samples_drawn_near_prototypes_go_to_them_and_the_wrong_sign_is_noticed() -> None:
+    z, prototypes, owner = near_prototypes(10, 8)
+    scores = cosines(z, prototypes)
+    assert torch.equal(balanced_assignment(scores, 0.05, 10).argmax(1), owner)
+    assert float((balanced_assignment(-scores, 0.05, 10).argmax(1) == owner).double().mean()) < 0.05
+
+
+def test_an_assignment_worked_by_hand() -> None:
+    """Both samples prefer prototype 0; balance sends the one that loses less to prototype 1.
+
+    K = [[8, 1], [2, 1]]: in the limit q = [[a, 1-a], [1-a, a]] with (a / (1-a))^2 = 8 * 1 / (1 * 2) = 4, so a = 2/3.
+    """
+    scores = torch.tensor([[8.0, 1.0], [2.0, 1.0]], dtype=F64).log()
+    assert_close(balanced_assignment(scores, 1.0, 60), number([[2 / 3, 1 / 3], [1 / 3, 2 / 3]]))
+
+
+@given(n=integers(2, 7), clusters=integers(2, 4), seed=seeds)
+def test_samples_without_scores_and_prototypes_without_share_take_no_part(n: int, clusters: int, seed: int) -> None:
+    scores = rows(n, clusters, seed=seed)
+    padded = torch.cat([scores, torch.full((3, clusters), -torch.inf, dtype=F64)])
+    q = balanced_assignment(padded, 0.3, 7)
+    assert_close(q[:n], balanced_assignment(scores, 0.3, 7))
+    assert torch.equal(q[n:], torch.zeros(3, clusters, dtype=F64))
+    share = torch.tensor([1 / clusters] * clusters + [0.0], dtype=F64)
+    wider = torch.cat([scores, rows(n, 1, seed=seed + 1)], 1)
+    assert_close(balanced_assignment(wider, 0.3, 7, share)[:, :clusters], balanced_assignment(scores, 0.3, 7))
+
+
+def test_a_tiny_eps_overflows_nowhere() -> None:
+    q = balanced_assignment(cosines(rows(40, 8), rows(5, 8, seed=1)).float(), 1e-5, 10)
+    assert bool(q.isfinite().all())
+    assert_close(q.sum(1), torch.ones(40))
+
+
+# cluster means
+
+
+@given(m=integers(1, 12), clusters=integers(1, 5), gamma=floats(0, 1), seed=seeds)
+def test_cluster_means_equal_the_loop(m: int, clusters: int, gamma: float, seed: int) -> None:
+    stored, of, old = rows(m, 3, seed=seed), labels(m, clusters + 1, seed) - 1, rows(clusters, 3, seed=seed + 1)
+    slow = references.cluster_means(stored.tolist(), of.tolist(), old.tolist(), gamma)
+    assert_close(cluster_means(stored, of, old, gamma), number(slow))
+
+
+def test_an_emptied_cluster_keeps_its_prototype_and_changes_no_other() -> None:
+    stored, old = rows(9, 3), rows(4, 3, seed=1)
+    of = torch.tensor([0, 0, 2, 2, 2, 3, 3, 3, 3])
+    moved = cluster_means(stored, of, old, 0.5)
+    assert torch.equal(moved[1], old[1])
+    for c in (0, 2, 3):
+        assert_close(moved[c], 0.5 * old[c] + 0.5 * stored[of == c].mean(0))
+
+
+@given(m=integers(1, 12), scale=floats(0.01, 100), seed=seeds)
+def test_momentum_one_freezes_and_the_scale_of_rows_assigns_alike(m: int, scale: float, seed: int) -> None:
+    stored, of, old = rows(m, 3, seed=seed), labels(m, 4, seed), rows(4, 3, seed=seed + 1)
+    assert_close(cluster_means(stored, of, old, 1.0), old)
+    plain, scaled = cluster_means(stored, of, old, 0.0), cluster_means(scale * stored, of, old, 0.0)
+    assert torch.equal(cosines(stored, plain).argmax(1), cosines(stored, scaled).argmax(1))
+
+
+# nearest rows of a cluster
+
+
+@given(n=integers(1, 5), m=integers(3, 14), clusters=integers(1, 4), k=integers(1, 3), seed=seeds)
+def test_nearest_in_cluster_equals_the_loop(n: int, m: int, clusters: int, k: int, seed: int) -> None:
+    z, stored, prototypes = rows(n, 4, seed=seed), rows(m, 4, seed=seed + 1), rows(clusters, 4, seed=seed + 2)
+    of, allowed = labels(m, clusters, seed), rows(n, m, seed=seed + 3) > -0.8
+    index, similarity = nearest_in_cluster(z, stored, of, prototypes, k, allowed)
+    slow = references.nearest_in_cluster(
+        z.tolist(), stored.tolist(), of.tolist(), prototypes.tolist(), k, allowed.tolist()
+    )
+    for i, expected in enumerate(slow):
+        assert index[i, : len(expected)].tolist() == expected
+        for j, row in enumerate(expected):
+            assert similarity[i, j].item() == pytest.approx(references.cosine(z[i].tolist(), stored[row].tolist()))
+        assert bool((similarity[i, len(expected) :] == -torch.inf).all())
+
+
+def test_all_rows_come_from_the_anchors_cluster_and_other_clusters_change_nothing() -> None:
+    z, prototypes, owner = near_prototypes(10, 6)
+    anchors = prototypes + 0.01
+    index, _ = nearest_in_cluster(anchors, z, owner, prototypes, 4)
+    assert bool((owner[index] == torch.arange(6)[:, None]).all())
+    changed = z.clone()
+    changed[owner != 2] = rows(50, 16, seed=9)
+    assert torch.equal(nearest_in_cluster(anchors, changed, owner, prototypes, 4)[0][2], index[2])
+
+
+@given(m=integers(4, 12), seed=seeds)
+def test_nearest_rows_follow_a_permutation_of_the_memory(m: int, seed: int) -> None:
+    z, stored, prototypes, of = (
+        rows(3, 4, seed=seed),
+        rows(m, 4, seed=seed + 1),
+        rows(2, 4, seed=seed + 2),
+        labels(m, 2, seed),
+    )
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+    index, similarity = nearest_in_cluster(z, stored, of, prototypes, 2)
+    again, alike = nearest_in_cluster(z, stored[order], of[order], prototypes, 2)
+    assert torch.equal(order[again], index)
+    assert_close(alike, similarity)
+
+
+def test_a_small_cluster_opens_the_whole_memory() -> None:
+    stored = torch.eye(4, dtype=F64) + 0.1
+    prototypes, of = stored[[0, 2]], torch.tensor([0, 1, 1, 1])
+    anchor = torch.tensor([[1.0, 0.6, 0.3, 0.0]], dtype=F64)
+    assert nearest_in_cluster(anchor, stored, of, prototypes, 1)[0].tolist() == [[0]]
+    assert nearest_in_cluster(anchor, stored, of, prototypes, 2)[0].tolist() == [[0, 1]]
+    blocked = torch.tensor([False, True, True, True])
+    assert nearest_in_cluster(anchor, stored, of, prototypes, 1, blocked)[0].tolist() == [[1]]
+
+
+# losses
+
+
+@given(images=integers(1, 5), k=integers(0, 3), seed=seeds)
+def test_alignment_equals_the_definition(images: int, k: int, seed: int) -> None:
+    p, z, near = (
+        rows(2 * images, 4, seed=seed),
+        rows(2 * images, 4, seed=seed + 1),
+        rows(2 * images, k, 4, seed=seed + 2),
+    )
+    weights = (rows(2 * images, k, seed=seed + 3) > 0).double()
+    slow = references.alignment(p.tolist(), z.tolist(), near.tolist(), weights.tolist())
+    assert_close(losses.alignment(p, z, near, weights), number(slow))
+    whole = references.alignment(p.tolist(), z.tolist(), near.tolist(), torch.ones_like(weights).tolist())
+    assert_close(losses.alignment(p, z, near), number(whole))
+    assert_close(losses.alignment(p, z), losses.alignment(p, z, near, torch.zeros_like(weights)))
+
+
+@given(images=integers(2, 6), tau=floats(0.1, 3), seed=seeds)
+def test_uniformity_equals_the_double_loop_and_ignores_lengths(images: int, tau: float, seed: int) -> None:
+    z = rows(2 * images, 4, seed=seed)
+    assert_close(losses.uniformity(z, tau), number(references.uniformity(z.tolist(), tau)))
+    lengths = rows(2 * images, 1, seed=seed + 1).exp()
+    assert_close(losses.uniformity(z * lengths, tau), losses.uniformity(z, tau))
+
+
+def test_one_image_alone_has_no_negatives() -> None:
+    z = rows(2, 4).requires_grad_()
+    loss = losses.uniformity(z, 2.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+@given(images=integers(1, 4), k=integers(1, 3), seed=seeds)
+def test_row_pairing_is_the_alignment_of_enlarged_batches(images: int, k: int, seed: int) -> None:
+    p, z = rows(2 * images, 4, seed=seed).requires_grad_(), rows(2 * images, 4, seed=seed + 1)
+    of_p, of_z = rows(2 * images, k, 4, seed=seed + 2), rows(2 * images, k, 4, seed=seed + 3)
+    loss = losses.alignment(losses.enhanced(p, of_p), losses.enhanced(z, of_z))
+    slow = references.row_pairing(p.tolist(), z.tolist(), of_p.tolist(), of_z.tolist())
+    assert loss.item() == pytest.approx(slow, abs=1e-12)
+    (paired,) = torch.autograd.grad(loss, p)
+    (plain,) = torch.autograd.grad(losses.alignment(p, z), p)
+    assert_close(paired, plain / (1 + k))  # the published form only weakens the gradient
+
+
+def test_neighbours_turn_the_gradient_of_anchor_pairing() -> None:
+    p, z, near = rows(6, 4).requires_grad_(), rows(6, 4, seed=1), rows(6, 2, 4, seed=2)
+    (with_them,) = torch.autograd.grad(losses.alignment(p, z, near), p)
+    (without,) = torch.autograd.grad(losses.alignment(p, z), p)
+    assert float(torch.nn.functional.cosine_similarity(with_them, without, dim=1).max()) < 0.999
+
+
+def test_no_gradient_enters_targets_or_neighbours() -> None:
+    p, z, near = (tensor.requires_grad_() for tensor in (rows(6, 4), rows(6, 4, seed=1), rows(6, 2, 4, seed=2)))
+    losses.alignment(p, z, near).backward()
+    assert p.grad is not None
+    assert z.grad is None
+    assert near.grad is None
+
+
+def test_gradients_of_both_losses_are_those_of_their_values() -> None:
+    p, z, near = rows(6, 3).requires_grad_(), rows(6, 3, seed=1), rows(6, 2, 3, seed=2)
+    weights = (rows(6, 2, seed=3) > 0).double()
+    assert torch.autograd.gradcheck(lambda p: losses.alignment(p, z, near, weights), (p,))
+    assert torch.autograd.gradcheck(lambda p: losses.uniformity(p, 0.7), (p,))
+
+
+# sizes and schedules
+
+
+def test_the_published_memories_have_their_published_sizes() -> None:
+    assert [memory_rows(40, *case) for case in ((200, 256), (500, 512), (1200, 512))] == [8193, 20481, 48129]
+
+
+@given(steps=integers(1, 10**6), share=floats(0, 1), base=floats(-2, 2), end=floats(-2, 2))
+def test_the_cosine_goes_from_base_to_end_through_its_middle(steps: int, share: float, base: float, end: float) -> None:
+    step = round(share * steps)
+    expected = base + (end - base) * math.sin(math.pi * step / steps / 2) ** 2
+    assert cosine_value(step, steps, base, end) == pytest.approx(expected, abs=1e-9)
+    assert float(cosine_value(torch.tensor(step), steps, base, end)) == pytest.approx(expected, abs=1e-9)
+    assert cosine_value(0, steps, base, end) == pytest.approx(base)
+    assert cosine_value(steps, steps, base, end) == pytest.approx(end)
+
+
+def test_lifted_functions_equal_the_runs_alone_and_never_read_the_host() -> None:
+    z, stored, prototypes = rows(3, 6, 4), rows(3, 9, 4, seed=1), rows(3, 3, 4, seed=2)
+    of = torch.stack([labels(9, 3, seed) for seed in range(3)])
+    calls = {
+        "assignment": lambda z, m, p, y: balanced_assignment(z @ p.T, 0.1, 5),
+        "means": lambda z, m, p, y: cluster_means(m, y, p, 0.9),
+        "nearest": lambda z, m, p, y: nearest_in_cluster(z, m, y, p, 2, m[:, 0] > -1),
+        "alignment": lambda z, m, p, y: losses.alignment(z, m[:6], m[:6, None]),
+        "uniformity": lambda z, m, p, y: losses.uniformity(z, 2.0),
+        "enhanced": lambda z, m, p, y: losses.enhanced(z, m[:6, None]),
+    }
+    for name, call in calls.items():
+        with NoHostReads():
+            together = per_run(call)(z, stored, prototypes, of)
+        for run in range(3):
+            one = call(z[run], stored[run], prototypes[run], of[run])
+            assert_close(
+                [t[run] for t in together] if name == "nearest" else together[run],
+                list(one) if name == "nearest" else one,
+            )
