@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import references_beclr as references
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis.strategies import floats, integers
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from cl_sim import losses
+from cl_sim.errors import BadConfig
 from cl_sim.memory.clusters import balanced_assignment, cluster_means, memory_rows, nearest_in_cluster
+from cl_sim.metrics.fewshot import (
+    Episodes,
+    Task,
+    adapted,
+    answers,
+    draw,
+    episode_accuracy,
+    interval,
+    logistic,
+    opta,
+    standardise,
+)
 from cl_sim.runs import per_run
 from cl_sim.schedules import cosine_value
 from cl_sim.testing import NoHostReads
@@ -309,3 +323,198 @@ def test_lifted_functions_equal_the_runs_alone_and_never_read_the_host() -> None
                 [t[run] for t in together] if name == "nearest" else together[run],
                 list(one) if name == "nearest" else one,
             )
+
+
+# few-shot read-outs
+
+
+@given(n=integers(1, 5), width=integers(2, 7), seed=seeds)
+def test_standardised_rows_equal_the_definition(n: int, width: int, seed: int) -> None:
+    x = 3 * rows(n, width, seed=seed) + 5
+    assert_close(standardise(x), number([references.standardise(row) for row in x.tolist()]))
+
+
+def test_a_constant_row_is_standardised_to_zero() -> None:
+    assert torch.equal(standardise(torch.ones(2, 5)), torch.zeros(2, 5))
+
+
+@given(n=integers(1, 4), m=integers(2, 6), passes=integers(1, 3), eps=floats(0.05, 0.5), seed=seeds)
+def test_opta_equals_the_two_potentials_in_loops(n: int, m: int, passes: int, eps: float, seed: int) -> None:
+    support, query = rows(n, 3, seed=seed), rows(m, 3, seed=seed + 1)
+    slow = references.opta(support.tolist(), query.tolist(), eps, passes, 20, 1e-4)
+    fast = opta(support, query, eps, passes, 20, 1e-4)
+    assert_close(fast, number(slow), rtol=1e-6, atol=1e-8)
+    assert_close(opta(support, query, eps, passes, 20, 1e-4, look_every=3), fast)
+
+
+def test_opta_on_two_points_worked_by_hand() -> None:
+    """Prototypes 0 and 1 on queries 0 and 1: the symmetric plan gives the far query exp(-1 / eps) times the near one's mass."""
+    points = number([[0.0], [1.0]])
+    far = 1 / (1 + math.exp(2))
+    assert_close(opta(points, points, eps=0.5), number([[far], [1 - far]]), rtol=1e-6, atol=1e-6)
+
+
+def test_balance_moves_a_prototype_that_the_nearest_rule_would_starve() -> None:
+    """Both queries lie nearer to prototype 1; equal masses send the left one to prototype 0 nevertheless."""
+    support, query = number([[-10.0], [0.0]]), number([[-1.0], [1.0]])
+    assert_close(opta(support, query, eps=0.01, tolerance=1e-12), query, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=10)
+@given(n=integers(1, 4), m=integers(2, 7), seed=seeds)
+def test_moved_prototypes_are_mixtures_in_which_every_query_counts_alike(n: int, m: int, seed: int) -> None:
+    support = rows(n, m, seed=seed)
+    mixture = opta(support, torch.eye(m, dtype=F64), eps=0.2, tolerance=1e-12)  # queries are the corners of a simplex
+    assert bool((mixture >= 0).all())
+    assert_close(mixture.sum(1), torch.ones(n, dtype=F64))
+    assert_close(mixture.mean(0), torch.full((m,), 1 / m, dtype=F64), rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=5)
+@given(seed=seeds)
+def test_opta_does_not_depend_on_the_order_of_the_queries(seed: int) -> None:
+    support, query = rows(3, 4, seed=seed), rows(8, 4, seed=seed + 1)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    assert_close(opta(support, query[order]), opta(support, query))
+
+
+def test_prototypes_that_are_means_of_tight_balanced_classes_stay() -> None:
+    means = 5 * torch.eye(4, dtype=F64)
+    query = (means[:, None] + 0.05 * rows(4, 15, 4)).flatten(0, 1)
+    own = query.view(4, 15, 4).mean(1)
+    assert_close(opta(own, query), own, rtol=1e-3, atol=1e-3)
+    assert_close(opta(means, means + 0.1), means + 0.1, rtol=1e-3, atol=1e-3)  # one query per class
+
+
+def test_opta_over_episodes_equals_each_alone_also_under_vmap() -> None:
+    support, query = rows(4, 3, 5), rows(4, 9, 5, seed=1)
+    alone = torch.stack([opta(s, q, passes=2, iterations=50) for s, q in zip(support, query, strict=True)])
+    assert_close(opta(support, query, passes=2, iterations=50), alone)
+    with NoHostReads():
+        lifted = per_run(opta)(support, query, passes=2, iterations=50)
+    assert_close(lifted, alone)
+
+
+def test_one_shot_takes_five_passes_and_more_shots_a_part_of_one() -> None:
+    support, query = rows(3, 5), rows(9, 5, seed=1)
+    assert_close(adapted(support, query, 1), opta(support, query, passes=5))
+    assert_close(adapted(support, query, 5), 0.7 * opta(support, query) + 0.3 * support)
+
+
+@given(n=integers(1, 7), classes=integers(2, 4), strength=floats(0.1, 10), scale=floats(0.1, 10), seed=seeds)
+def test_logistic_regression_ends_where_its_gradient_is_zero(
+    n: int, classes: int, strength: float, scale: float, seed: int
+) -> None:
+    x, y = scale * rows(n, 3, seed=seed), labels(n, classes, seed)
+    every = torch.cat([y, torch.arange(classes)])  # a class without samples has no finite bias
+    x = torch.cat([x, scale * rows(classes, 3, seed=seed + 1)])
+    weight, bias = logistic(x, every, classes, strength)
+    gradient = references.logistic_gradient(weight.tolist(), bias.tolist(), x.tolist(), every.tolist(), strength)
+    assert max(abs(v) for row in gradient for v in row) < 1e-6
+    assert float(bias.sum().abs()) < 1e-8
+
+
+def test_logistic_regression_agrees_with_scikit_learn_on_one_example_per_class() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    means = standardise(rows(5, 64))
+    theirs = LogisticRegression(C=1.0, max_iter=1000, tol=1e-8).fit(means.numpy(), np.arange(5))
+    weight, bias = logistic(means.float(), torch.arange(5), 5)
+    assert_close(weight.double(), torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-4)
+    assert_close(bias.double(), torch.from_numpy(theirs.intercept_), rtol=1e-3, atol=1e-4)
+
+
+def test_logistic_regressions_side_by_side_equal_each_alone() -> None:
+    x, y = rows(3, 6, 4), labels(6, 3).expand(3, -1)
+    weight, bias = logistic(x, y, 3)
+    for one in range(3):
+        assert_close((weight[one], bias[one]), logistic(x[one], y[one], 3))
+    assert_close(per_run(logistic)(x, y, classes=3), (weight, bias))
+
+
+def test_episodes_hold_no_row_twice_and_rows_of_their_classes_alone() -> None:
+    owner = np.repeat(np.arange(7), 20)
+    episodes = draw(owner, Task(ways=4, shots=3, queries=5), 50, seed=1)
+    assert episodes.support.shape == (50, 4, 3)
+    assert episodes.query.shape == (50, 4, 5)
+    for support, query in zip(*episodes, strict=True):
+        whole = torch.cat([support, query], 1)
+        assert len(set(whole.flatten().tolist())) == 4 * 8
+        classes = torch.from_numpy(owner)[whole]
+        assert bool((classes == classes[:, :1]).all())
+        assert len(set(classes[:, 0].tolist())) == 4
+
+
+def test_episodes_are_fixed_by_their_seed_and_share_queries_over_shots() -> None:
+    owner = np.repeat(np.arange(7), 20)
+    one, same, other = (draw(owner, Task(ways=4, shots=5, queries=5), 20, seed=s) for s in (1, 1, 2))
+    assert torch.equal(one.support, same.support)
+    assert not torch.equal(one.support, other.support)
+    fewer = one.with_shots(1)
+    assert torch.equal(fewer.support[..., 0], one.support[..., 0])
+    assert torch.equal(fewer.query, one.query)
+
+
+def worst_z(episodes: Episodes, total: int) -> float:
+    """The largest deviation, in standard errors, of how often a row is a query from what all rows should have."""
+    count, ways, queries = episodes.query.shape
+    drawn = np.bincount(episodes.query.flatten().numpy(), minlength=total) / count
+    expected = ways * queries / total
+    return float(np.abs(drawn - expected).max() / math.sqrt(expected * (1 - expected) / count))
+
+
+def test_every_row_is_drawn_equally_often() -> None:
+    owner = np.repeat(np.arange(6), 10)
+    assert worst_z(draw(owner, Task(ways=3, shots=1, queries=2), 4000, seed=0), 60) < 4.5  # false alarm: 1 in 2400
+
+
+def test_the_check_of_the_draws_has_teeth() -> None:
+    """With the last row of class 0 never drawn, as one too small a bound would do."""
+    owner = np.repeat(np.arange(6), 10)
+    owner[9] = 99
+    assert worst_z(draw(owner, Task(ways=3, shots=1, queries=2), 4000, seed=0), 60) > 6
+
+
+def test_too_few_classes_or_rows_are_refused() -> None:
+    with pytest.raises(BadConfig, match="only 3 classes"):
+        draw(np.repeat(np.arange(4), [20, 20, 20, 15]), Task(ways=4, shots=1, queries=15), 1, seed=0)
+
+
+def classes_in_noise(noise: float, width: int = 16) -> tuple[Tensor, np.ndarray]:
+    owner = np.repeat(np.arange(10), 40)
+    return rows(10, width, seed=4)[owner] + noise * rows(400, width, seed=5), owner
+
+
+@pytest.mark.parametrize("readout", ["nearest_mean", "logistic"])
+def test_read_outs_are_right_on_clear_classes_and_lost_without_any(readout: str) -> None:
+    clear, owner = classes_in_noise(0.05)
+    episodes = draw(owner, Task(queries=5), 60, seed=0)
+    assert interval(episode_accuracy(clear, episodes, readout)) == (1.0, 0.0)
+    mean, half = interval(episode_accuracy(rows(400, 16, seed=6), episodes, readout))
+    assert abs(mean - 0.2) < 2.5 * half  # 4.9 standard errors
+
+
+def test_opta_gains_on_balanced_queries_of_good_features() -> None:
+    features, owner = classes_in_noise(1.3)
+    episodes = draw(owner, Task(), 60, seed=0)
+    plain, moved = (interval(episode_accuracy(features, episodes, transport=t))[0] for t in (False, True))
+    assert 0.4 < plain < 0.9
+    assert moved > plain + 0.05
+
+
+@pytest.mark.parametrize("readout", ["nearest_mean", "logistic"])
+@pytest.mark.parametrize("transport", [False, True])
+def test_accuracy_is_that_of_each_episode_read_out_alone(readout: str, transport: bool) -> None:
+    features, owner = classes_in_noise(1.5)
+    episodes = draw(owner, Task(ways=3, shots=2, queries=4), 7, seed=0)
+    together, z = episode_accuracy(features, episodes, readout, transport), standardise(features)
+    for number_of, (support, query) in enumerate(zip(*episodes, strict=True)):
+        scores = answers(z[support][None], z[query].flatten(0, 1)[None], readout, transport)[0]
+        hits = [int(scores[i].argmax()) == i // 4 for i in range(12)]
+        assert together[number_of].item() == pytest.approx(sum(hits) / 12)
+
+
+def test_the_interval_is_the_published_one() -> None:
+    mean, half = interval(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    assert mean == pytest.approx(0.5)
+    assert half == pytest.approx(1.96 * math.sqrt(0.05) / 2)
