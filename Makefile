@@ -33,7 +33,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 
 results: $(READY)
-	$(BIN)/cl-sim report --folder results
+	$(BIN)/cl-sim report --folder results --page README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -175,18 +175,22 @@ def compare(runs: tuple[str, ...], form: str, metrics: tuple[str, ...], baseline
     epilog=example(
         "cl-sim report",
         "cl-sim report er-split-cifar10-1124-101500 --note 'JPEG copies'",
-        "cl-sim report --folder results",
+        "cl-sim report saa-split-cifar10-1124-101500 --as er-saa --against er",
+        "cl-sim report --folder results --page README.md",
     )
 )
 @click.argument("runs", nargs=-1)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
 @click.option("--note", default="", help="A remark on the data, kept with the added runs.")
+@click.option("--as", "title", default="", help="File one run under NAME or FOLDER/NAME.  [default: its strategy]")
+@click.option("--against", default="", help="The row of the table that the added runs are compared with.")
+@click.option("--page", default="", help="A page that shows the tables in brief, between two marks.")
 @store_option
-def report(folder: Path, runs: tuple[str, ...], note: str, store: Path) -> None:
+def report(folder: Path, runs: tuple[str, ...], note: str, title: str, against: str, page: str, store: Path) -> None:
     """Copy the numbers of RUNS into the results folder, then make the tables of its README.md."""
     from cl_sim import commands
 
-    commands.report(folder, runs, note, store)
+    commands.report(folder, runs, note, store, title, against, page)
 
 
 VERDICTS = """\b

@@ -20,7 +20,7 @@ from rich.table import Table
 from cl_sim import config, encoders, preset, registry, session, store
 from cl_sim.cli import usual_uri
 from cl_sim.config import RunConfig
-from cl_sim.errors import BadConfig
+from cl_sim.errors import BadConfig, ClSimError
 from cl_sim.stream import Stream
 
 EXIT = {"finished": 0, "interrupted": 130, "failed": 1, "started": 1, "new": 1}
@@ -336,19 +336,51 @@ def compare(runs: Sequence[str], form: str, metrics: Sequence[str], baseline: st
         print(tables.render(results, form, metrics=metrics, baseline=base))
 
 
-def report(folder: Path, runs: Sequence[str], note: str, run_folder: Path) -> None:
-    """Copy results into the folder if asked to, then write its README.md."""
+MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
+
+
+def report(
+    folder: Path, runs: Sequence[str], note: str, run_folder: Path, title: str = "", against: str = "", page: str = ""
+) -> None:
+    """Copy results into the folder if asked to, then write its README.md and the tables of another page."""
     from cl_sim import report as tables
 
-    for run_dir in store.find_all(run_folder, runs):
+    run_dirs = store.find_all(run_folder, runs) if runs else []
+    if title and len(run_dirs) != 1:
+        raise ClSimError(f"--as names one run, not {len(run_dirs)}; file them one after the other")
+    if against and not runs:
+        raise ClSimError("--against tells what a run is compared with; name the run: cl-sim report RUN --against er")
+    place, _, shown = title.rpartition("/")
+    extra = {key: value for key, value in {"data_note": note, "title": shown, "against": against}.items() if value}
+    before: dict[Path, str] = {}
+    for run_dir in run_dirs:
         result = without_paths(tables.read(run_dir))
-        path = folder / result["stream"] / f"{tables.entry(result)}.json"
+        name = tables.entry({**result, "strategy": shown.replace(" ", "-") or result["strategy"]})
+        path = folder / (place or result["stream"]) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_json(path, {**result, **({"data_note": note} if note else {})})
+        before[path] = path.read_text(encoding="utf-8") if path.exists() else ""
+        store.write_json(path, {**result, **extra})
+    try:
+        text = tables.tables_from_results(folder)
+    except ClSimError:
+        _put_back(before)
+        raise
+    for path in before:
         console().print(f"wrote {path}")
-    text = tables.tables_from_results(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     console().print(f"wrote {folder / 'README.md'}")
+    if page:
+        known = Path(page).read_text(encoding="utf-8")
+        Path(page).write_text(tables.put_between(known, *MARKS, tables.brief(folder)), encoding="utf-8")
+        console().print(f"wrote {page}")
+
+
+def _put_back(before: Mapping[Path, str]) -> None:
+    for path, text in before.items():
+        if text:
+            path.write_text(text, encoding="utf-8")
+        else:
+            path.unlink()
 
 
 def without_paths(result: dict[str, Any]) -> dict[str, Any]:

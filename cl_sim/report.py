@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,11 +155,30 @@ def entry(result: Result) -> str:
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
-    """The strategy's name, with its memory where memories differ, or the run's name where both come twice."""
-    if sum(entry(other) == entry(result) for other in results) > 1:
-        return str(result["name"])
+    """The title that the result was filed under, else the strategy with what tells it from the others.
+
+    That is its memory where memories differ, the settings that differ where it comes twice, and the run's name where none do.
+    """
+    if result.get("title"):
+        return str(result["title"])
+    twins = [other for other in results if entry(other) == entry(result) and not other.get("title")]
     sizes = {capacity(other) for other in results} - {0}
-    return entry(result) if len(sizes) > 1 else str(result["strategy"])
+    name = entry(result) if len(sizes) > 1 else str(result["strategy"])
+    if len(twins) == 1:
+        return name
+    own = " ".join(f"{key}={_setting(result, key)}" for key in _differing(twins))
+    alike = sum(all(_setting(other, key) == _setting(result, key) for key in _differing(twins)) for other in twins)
+    return f"{name} {own}" if alike == 1 else str(result["name"])
+
+
+def _differing(twins: Sequence[Result]) -> list[str]:
+    """The strategy's settings in which results of one strategy differ."""
+    keys = {key for twin in twins for key in twin["config"].get("strategy", {})}
+    return sorted(key for key in keys if len({str(_setting(twin, key)) for twin in twins}) > 1)
+
+
+def _setting(result: Result, key: str) -> Any:
+    return result["config"].get("strategy", {}).get(key)
 
 
 def _best(results: Sequence[Result], metric: str) -> float:
@@ -299,14 +318,63 @@ def tables_from_results(folder: Path) -> str:
     for stream in sorted({file.parent.name for file in files}):
         results = [read(file) for file in files if file.parent.name == stream]
         for size in sorted({capacity(result) for result in results} - {0}) or [0]:
-            group = [result for result in results if capacity(result) in (0, size)]
-            group.sort(key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
+            group = _ranked([result for result in results if capacity(result) in (0, size)])
             title = f"{stream}, memory of {size} samples" if size else stream
             text += f"\n## {title}\n\n" + markdown(_with_paper(group, columns(group, ())))
+            text += _differences(group)
         for note in sorted({r["data_note"] for r in results if r.get("data_note")}):
             text += f"\nData: {note}\n"
         text += "\n" + "".join(_origin(result) for result in results)
     return text
+
+
+def _differences(group: Sequence[Result]) -> str:
+    """Each result that names another one to be measured against, less that one, paired by seed."""
+    rows: list[list[str]] = []
+    wanted = [metric for metric in columns(group, ()) if metric.startswith(SHARES)]
+    for result in group:
+        if not result.get("against"):
+            continue
+        base = next((other for other in group if label(other, group) == result["against"]), None)
+        if base is None:
+            names = ", ".join(label(other, group) for other in group)
+            raise ClSimError(
+                f"'{label(result, group)}' is to be compared with '{result['against']}', but there is {names}"
+            )
+        head, *lines = difference_table([base, result], wanted, base)
+        rows += [["difference", *head[1:]]] * (not rows)
+        rows += [[f"{label(result, group)} - {result['against']}", *line[1:]] for line in lines]
+    return f"\nPaired by seed:\n\n{markdown(rows)}" if rows else ""
+
+
+BRIEF = ("acc_end", "acc_aaa", "forgetting_chaudhry", "acc_first_task", "acc_last_task", "memory_bytes")
+
+
+def brief(folder: Path) -> str:
+    """The same tables with fewer columns, accuracy by task boundaries alone, for a front page."""
+    text = ""
+    for stream in sorted({file.parent.name for file in folder.glob("*/*.json")}):
+        results = [read(file) for file in sorted((folder / stream).glob("*.json"))]
+        shown_there = [result for result in results if not result.get("title") and "acc_end" in result["metrics"]]
+        for size in sorted({capacity(result) for result in shown_there} - {0}):
+            group = _ranked([result for result in shown_there if capacity(result) in (0, size)])
+            there = columns(group, ())
+            rows = means_table(group, [metric for metric in BRIEF if metric in there], bold="**{}**")
+            text += f"\n{stream}, memory of {size} samples:\n\n{markdown(rows)}"
+    return text
+
+
+def put_between(text: str, begin: str, end: str, middle: str) -> str:
+    """The text with what lies between two marks exchanged.    Raises: ClSimError if they are not there."""
+    head, mark, rest = text.partition(begin)
+    _, other, tail = rest.partition(end)
+    if not mark or not other:
+        raise ClSimError(f"the tables go between the lines '{begin}' and '{end}', which are not there; add them first")
+    return f"{head}{begin}\n{middle}\n{end}{tail}"
+
+
+def _ranked(group: Sequence[Result]) -> list[Result]:
+    return sorted(group, key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
 
 
 def _with_paper(results: Sequence[Result], metrics: Sequence[str]) -> list[list[str]]:
@@ -320,8 +388,9 @@ def _with_paper(results: Sequence[Result], metrics: Sequence[str]) -> list[list[
     return [[*row, cell] for row, cell in zip(rows, published, strict=True)]
 
 
-def _origin(result: Mapping[str, Any]) -> str:
+def _origin(result: Result) -> str:
+    name = result.get("title") or entry(result)
     return (
-        f"- `{result['strategy']}`: `{result['command']}`; seeds {result['seeds']}, commit {result['commit'][:10]}, data "
+        f"- `{name}`: `{result['command']}`; seeds {result['seeds']}, commit {result['commit'][:10]}, data "
         f"{result['data_digest'][:8]}, {result['machine']}, torch {result['versions'].get('torch', '?')}\n"
     )

@@ -78,6 +78,15 @@ def test_a_run_of_two_strategies_leaves_results_that_compare(here: Path) -> None
         assert "er" in text
     assert "finished" in cl_sim("list", "runs").output
     assert '"strategy": "er"' in cl_sim("describe", runs[1].name).output
+    page = here / "page.md"
+    page.write_text("mine\n<!-- results: begin -->\n<!-- results: end -->\n")
+    assert cl_sim("report", runs[0].name).exit_code == 0
+    words = ("report", runs[1].name, "--as", "replay")
+    assert "finetune" in cl_sim(*words, "--against", "nobody").output
+    assert [file.stem for file in (here / "results").glob("*/*.json")] == ["finetune"]
+    assert cl_sim(*words, "--against", "finetune", "--page", "page.md").exit_code == 0
+    assert "| replay - finetune | 3 | " in (here / "results" / "README.md").read_text()
+    assert page.read_text().startswith("mine\n")
 
 
 def test_the_same_command_gives_identical_numbers_alone_and_in_company(here: Path) -> None:

@@ -165,6 +165,46 @@ def test_the_results_document_holds_every_file_and_its_origin(tmp_path: Path) ->
     assert text == report.tables_from_results(tmp_path)
 
 
+def file(folder: Path, name: str, one: report.Result) -> None:
+    path = folder / one["stream"] / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(one))
+
+
+def test_the_document_compares_a_result_with_the_one_it_names(tmp_path: Path) -> None:
+    file(tmp_path, "finetune", FINETUNE)
+    file(tmp_path, "er-extra", {**ER, "title": "er-extra", "against": "finetune"})
+    text = report.tables_from_results(tmp_path)
+    gap = report.paired(FINETUNE, ER, "acc_end").estimate
+    assert f"| er-extra - finetune | 3 | +{100 * gap.mean:.1f} ± {100 * gap.half:.1f} |" in text
+    file(tmp_path, "er-extra", {**ER, "title": "er-extra", "against": "nobody"})
+    with pytest.raises(ClSimError, match=r"'er-extra'.*'nobody'.*finetune"):
+        report.tables_from_results(tmp_path)
+
+
+def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(tmp_path: Path) -> None:
+    file(tmp_path, "er", {**ER, "config": {"strategy": {"capacity": 5}}})
+    file(tmp_path, "er-extra", {**ER, "title": "er-extra"})
+    brief = report.brief(tmp_path)
+    assert "memory of 5 samples" in brief
+    assert "| er | 3 | 60.0 ± 24.8" in brief
+    assert "er-extra" not in brief
+    page = report.put_between("a\n<!-- on -->\nold\n<!-- off -->\nz\n", "<!-- on -->", "<!-- off -->", brief)
+    assert page.startswith("a\n<!-- on -->\n")
+    assert page.endswith("<!-- off -->\nz\n")
+    assert brief in page
+    assert "old" not in page
+    assert report.put_between(page, "<!-- on -->", "<!-- off -->", brief) == page
+    with pytest.raises(ClSimError, match="add them first"):
+        report.put_between("a\n<!-- on -->\n", "<!-- on -->", "<!-- off -->", brief)
+
+
+def test_twins_are_told_apart_by_the_settings_in_which_they_differ() -> None:
+    twins = [{**ER, "config": {"strategy": {"lr": lr, "replay": 10}}} for lr in (0.1, 0.2)]
+    assert [report.label(twin, twins) for twin in twins] == ["er lr=0.1", "er lr=0.2"]
+    assert report.label(twins[0], [twins[0], twins[0]]) == "er-run"
+
+
 def test_an_empty_results_folder_says_how_to_fill_it(tmp_path: Path) -> None:
     with pytest.raises(ClSimError, match="report RUN"):
         report.tables_from_results(tmp_path)
