@@ -384,10 +384,11 @@ def _put_back(before: Mapping[Path, str]) -> None:
 
 
 def without_paths(result: dict[str, Any]) -> dict[str, Any]:
-    """A result to be published: the data folder of this machine becomes DIR."""
+    """A result to be published: the folders of this machine become DIR."""
     folder = result["config"].get("data", "")
     words = shlex.split(result["command"])
-    hidden = ["DIR" if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
+    folders = ("--data", "--store")
+    hidden = ["DIR" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
     return {**result, "config": {**result["config"], "data": "DIR" if folder else ""}, "command": shlex.join(hidden)}
 
 
