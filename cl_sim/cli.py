@@ -176,6 +176,7 @@ def compare(runs: tuple[str, ...], form: str, metrics: tuple[str, ...], baseline
         "cl-sim report",
         "cl-sim report er-split-cifar10-1124-101500 --note 'JPEG copies'",
         "cl-sim report saa-split-cifar10-1124-101500 --as er-saa --against er",
+        "cl-sim report er-split-cifar10-1124-151500 --add",
         "cl-sim report --folder results --page README.md",
     )
 )
@@ -184,13 +185,16 @@ def compare(runs: tuple[str, ...], form: str, metrics: tuple[str, ...], baseline
 @click.option("--note", default="", help="A remark on the data, kept with the added runs.")
 @click.option("--as", "title", default="", help="File one run under NAME or FOLDER/NAME.  [default: its strategy]")
 @click.option("--against", default="", help="The row of the table that the added runs are compared with.")
+@click.option("--add", is_flag=True, help="Add the seeds of RUNS to what is filed under their names.")
 @click.option("--page", default="", help="A page that shows the tables in brief, between two marks.")
 @store_option
-def report(folder: Path, runs: tuple[str, ...], note: str, title: str, against: str, page: str, store: Path) -> None:
+def report(
+    folder: Path, runs: tuple[str, ...], note: str, title: str, against: str, add: bool, page: str, store: Path
+) -> None:
     """Copy the numbers of RUNS into the results folder, then make the tables of its README.md."""
     from cl_sim import commands
 
-    commands.report(folder, runs, note, store, title, against, page)
+    commands.report(folder, runs, note, store, title, against, page, add)
 
 
 VERDICTS = """\b

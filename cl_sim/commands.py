@@ -340,7 +340,14 @@ MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 
 
 def report(
-    folder: Path, runs: Sequence[str], note: str, run_folder: Path, title: str = "", against: str = "", page: str = ""
+    folder: Path,
+    runs: Sequence[str],
+    note: str,
+    run_folder: Path,
+    title: str = "",
+    against: str = "",
+    page: str = "",
+    add: bool = False,
 ) -> None:
     """Copy results into the folder if asked to, then write its README.md and the tables of another page."""
     from cl_sim import report as tables
@@ -350,6 +357,8 @@ def report(
         raise ClSimError(f"--as names one run, not {len(run_dirs)}; file them one after the other")
     if against and not runs:
         raise ClSimError("--against tells what a run is compared with; name the run: cl-sim report RUN --against er")
+    if add and not runs:
+        raise ClSimError("--add files more seeds; name the run that has them: cl-sim report RUN --add")
     place, _, shown = title.rpartition("/")
     extra = {key: value for key, value in {"data_note": note, "title": shown, "against": against}.items() if value}
     before: dict[Path, str] = {}
@@ -357,6 +366,8 @@ def report(
         result = without_paths(tables.read(run_dir))
         name = tables.entry({**result, "strategy": shown.replace(" ", "-") or result["strategy"]})
         path = folder / (place or result["stream"]) / f"{name}.json"
+        if add:
+            result = _with_more_seeds(path, result)
         path.parent.mkdir(parents=True, exist_ok=True)
         before[path] = path.read_text(encoding="utf-8") if path.exists() else ""
         store.write_json(path, {**result, **extra})
@@ -373,6 +384,23 @@ def report(
         known = Path(page).read_text(encoding="utf-8")
         Path(page).write_text(tables.put_between(known, *MARKS, tables.brief(folder)), encoding="utf-8")
         console().print(f"wrote {page}")
+
+
+def _with_more_seeds(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The filed result with the seeds of a later run of the same settings on the same data."""
+    from cl_sim import report as tables
+    from cl_sim import reproduce
+
+    if not path.is_file():
+        raise ClSimError(f"there is no {path} that {result['name']} could add seeds to; file it without --add")
+    stored = tables.read(path)
+    now = config.from_dict(result["config"])
+    other = reproduce.changed(stored, now, {"data_digest": result["data_digest"]})
+    if other:
+        raise ClSimError(
+            f"{result['name']} is no rerun of {path} with other seeds: {'; '.join(other)}; file it under another name with --as"
+        )
+    return tables.joined(stored, result)
 
 
 def _put_back(before: Mapping[Path, str]) -> None:

@@ -73,6 +73,28 @@ def read(path: Path) -> Result:
     return result
 
 
+def joined(one: Result, more: Result) -> Result:
+    """One result with the seeds of both; where the seeds of `more` come from is kept under `added`.    Raises: ClSimError."""
+    twice = sorted(set(one["seeds"]) & set(more["seeds"]))
+    if twice:
+        raise ClSimError(
+            f"seeds {', '.join(map(str, twice))} of {more['name']} are there already; run others, as in --seeds "
+            f"{max(one['seeds']) + 1}-{max(one['seeds']) + 3}"
+        )
+
+    def values(result: Result, metric: str) -> list[Any]:
+        return list(result["metrics"].get(metric, [None] * len(result["seeds"])))
+
+    metrics = sorted({*one["metrics"], *more["metrics"]})
+    origin = {key: more[key] for key in ("seeds", "commit", "command", "machine", "versions")}
+    return {
+        **one,
+        "seeds": [*one["seeds"], *more["seeds"]],
+        "metrics": {metric: values(one, metric) + values(more, metric) for metric in metrics},
+        "added": [*one.get("added", []), origin],
+    }
+
+
 def interval(values: Sequence[float | None]) -> Estimate:
     """Mean and t_{0.975, n-1} * s / sqrt(n) over the values that are there."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
@@ -390,7 +412,11 @@ def _with_paper(results: Sequence[Result], metrics: Sequence[str]) -> list[list[
 
 def _origin(result: Result) -> str:
     name = result.get("title") or entry(result)
-    return (
-        f"- `{name}`: `{result['command']}`; seeds {result['seeds']}, commit {result['commit'][:10]}, data "
-        f"{result['data_digest'][:8]}, {result['machine']}, torch {result['versions'].get('torch', '?')}\n"
+    added = result.get("added", [])
+    late = {seed for part in added for seed in part["seeds"]}
+    parts = [{**result, "seeds": [seed for seed in result["seeds"] if seed not in late]}, *added]
+    return "".join(
+        f"- `{name}`: `{part['command']}`; seeds {part['seeds']}, commit {part['commit'][:10]}, data "
+        f"{result['data_digest'][:8]}, {part['machine']}, torch {part['versions'].get('torch', '?')}\n"
+        for part in parts
     )

@@ -60,6 +60,22 @@ def test_a_paired_difference_equals_the_paired_t_test() -> None:
     assert found.estimate.half == pytest.approx((high - low) / 2)
 
 
+def test_joined_results_hold_the_seeds_of_both_and_where_they_came_from() -> None:
+    late = result(
+        "er", [0.9, 0.8], seeds=[3, 4], command="cl-sim run er split-digits --seeds 3-4", commit="fedcba9876543"
+    )
+    late["metrics"]["acc_late"] = [0.1, 0.2]
+    both = report.joined(ER, late)
+    assert both["seeds"] == [0, 1, 2, 3, 4]
+    assert both["metrics"]["acc_end"] == [0.5, 0.6, 0.7, 0.9, 0.8]
+    assert both["metrics"]["acc_late"] == [None, None, None, 0.1, 0.2]
+    assert both["commit"] == ER["commit"]
+    more = report.joined(both, result("er", [0.4], seeds=[5]))
+    assert [part["seeds"] for part in more["added"]] == [[3, 4], [5]]
+    with pytest.raises(ClSimError, match=r"seeds 3, 4 .* there already.*--seeds 5-7"):
+        report.joined(both, late)
+
+
 def test_only_shared_seeds_are_paired_in_their_order() -> None:
     other = result("other", [0.9, 0.1, 0.6], seeds=[7, 1, 0])
     found = report.paired(ER, other, "acc_end")

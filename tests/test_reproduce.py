@@ -179,6 +179,24 @@ def test_a_rerun_is_identical_and_a_tampered_number_is_found(here: Path) -> None
     assert rerun.output.count("identical") == 2
 
 
+def test_seeds_are_added_to_a_stored_result_of_the_same_settings_only(here: Path) -> None:
+    quiet, add = ("--tracking-uri", "none"), ("report", "last", "--folder", "stored", "--add")
+    assert cl_sim("run", "--preset", "finetune-tiny", "--seeds", "3", *quiet).exit_code == 0
+    assert "file it without --add" in words_of(cl_sim(*add))
+    assert cl_sim("report", "last", "--folder", "stored").exit_code == 0
+    assert "seeds 3 of finetune" in words_of(cl_sim(*add))
+    assert cl_sim("run", "--preset", "finetune-tiny", "--seeds", "5", *quiet).exit_code == 0
+    assert cl_sim(*add).exit_code == 0
+    rerun = cl_sim("reproduce", "finetune-tiny", "--folder", "stored", *quiet)
+    assert rerun.output.count("identical") == 3, rerun.output
+    assert "stored seeds 3, 5" in words_of(rerun)
+    words = ("--preset", "finetune-tiny", "--seeds", "7", "--set", "strategy.lr=0.05", *quiet)
+    assert cl_sim("run", *words).exit_code == 0
+    before = (here / "stored" / "synthetic" / "finetune.json").read_text()
+    assert "strategy.lr 0.1 (now 0.05); file it under another name" in words_of(cl_sim(*add))
+    assert (here / "stored" / "synthetic" / "finetune.json").read_text() == before
+
+
 ERRORS = [
     (["er-tiny-m200"], ["'er-tiny-m200'", "did you mean 'er-tiny-m20'", "cl-sim list presets"]),
     (
