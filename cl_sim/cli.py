@@ -76,6 +76,7 @@ def main() -> None:
         "cl-sim run er split-digits",
         "cl-sim run finetune er er_ace joint split-cifar10 --seeds 0-2 --set strategy.capacity=500",
         "cl-sim run --preset er-cifar10-m200 --seeds 0-4 --data ~/data",
+        "cl-sim run --preset pcr-cifar10-m200 --seeds 0-4 --precision bf16",
         "cl-sim run er split-folder:photos --set stream.tasks=3 --set encoder.name=resnet18",
     )
 )
@@ -85,6 +86,9 @@ def main() -> None:
 @set_option
 @click.option("--seeds", default="", help="One run each, e.g. 0-4 or 0,3,7.  [default: 0]")
 @click.option("--device", default="", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bf16"]), help="What the encoder computes in.  [default: float32]"
+)
 @data_option
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time.  [default: cores on a CPU, 1 on a GPU]")
 @click.option(

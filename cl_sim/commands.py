@@ -118,6 +118,8 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     if settings["data"]:
         settings["data"] = str(Path(settings["data"]).expanduser().resolve())
     settings["device"] = pick_device(options["device"] or settings.get("device", "auto"))
+    if options["precision"]:
+        settings["precision"] = options["precision"]
     encoder = dict(settings.get("encoder", {}))
     if options["encoder_frozen"]:
         encoder["frozen"] = True
@@ -489,6 +491,7 @@ def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any])
         "data": options["data"],
         "stack": before["stack"],
         "encoder_frozen": False,
+        "precision": "",
     }
     return configurations((), words)[0]
 

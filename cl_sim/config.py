@@ -50,6 +50,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     stack: int = 1  # runs trained side by side in one process
     threads: int = 1  # CPU threads per process
+    precision: Literal["float32", "bf16"] = "float32"  # of what the encoder computes; all else stays in float32
     device: str = "cpu"  # cpu, cuda or cuda:N
     data: str = ""  # folder with the data sets; empty: CL_SIM_DATA, then the user's cache folder
     flush_every: int = 50  # steps between reads of the logs

@@ -62,7 +62,9 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
         rng=rng,
         device=device,
         augment=augment.pipeline(config.augment, rng, stream.fields),
-        encoder=lambda: encoders.make(config.encoder.name, config.encoder.config, stream.fields, stream.classes),
+        encoder=lambda: encoders.make(
+            config.encoder.name, config.encoder.config, stream.fields, stream.classes, config.precision
+        ),
     )
     strategy: Strategy = cls(config.strategy.config, env)
     return strategy

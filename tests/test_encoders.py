@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from cl_sim import encoders
+from cl_sim import encoders, testing
 from cl_sim.encoders.classifier import Classifier, CosineClassifier
 from cl_sim.errors import BadConfig, ClSimError, UnknownName
 from cl_sim.optim import trainable
@@ -156,3 +157,54 @@ def test_join_keeps_the_shared_columns_in_order() -> None:
     both = join(one, two)
     assert set(both) == {"x", "y"}
     assert both["y"].tolist() == [[0, 0, 0, 1, 1, 1, 1]] * 2
+
+
+def in_bf16(name: str, shape: tuple[int, ...], **settings: Any) -> encoders.Pixels:
+    return encoders.build(name, encoders.config_class(name)(**settings), Field(shape, BYTE), "bf16")
+
+
+@pytest.mark.parametrize(("name", "settings"), [("reduced_resnet18", {"width": 4}), ("mlp", {"hidden": [32]})])
+def test_bf16_is_the_same_encoder_to_three_digits_with_float32_around_it(name: str, settings: dict[str, Any]) -> None:
+    one, two = build(name, (3, 32, 32), **settings), in_bf16(name, (3, 32, 32), **settings)
+    two.load_state_dict(one.state_dict())
+    x = images(20, 3, 32, 32)
+    exact, rounded = one(x), two(x)
+    assert rounded.dtype == torch.float32
+    gap = float(((exact - rounded).norm() / exact.norm()).detach())
+    assert 1e-5 < gap < 0.02  # bfloat16 keeps 8 bits; a net that ignored the setting would have a gap of 0
+    rounded.square().sum().backward()
+    assert {parameter.dtype for parameter in two.parameters()} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in two.parameters() if parameter.grad is not None} == {torch.float32}
+    statistics = [buffer for buffer in two.buffers() if buffer.is_floating_point()]
+    assert all(buffer.dtype == torch.float32 for buffer in statistics)
+
+
+def test_a_head_on_a_bf16_encoder_computes_in_float32() -> None:
+    net = CosineClassifier(in_bf16("mlp", (3, 4, 4), hidden=[16]), 5, 10.0)
+    x = images(8, 3, 4, 4)
+    features = net.encoder(x)
+    weights = net.head.weight
+    cosines = features @ weights.T / (features.norm(dim=1)[:, None] * weights.norm(dim=1))
+    torch.testing.assert_close(net(x), 10 * cosines, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("check", [testing.resumes_bit_for_bit, testing.learns_a_toy_stream], ids=lambda c: c.__name__)
+def test_a_strategy_in_bf16_keeps_its_promises(check: Callable[[testing.Make], None]) -> None:
+    check(lambda seeds: testing.toy("er", seeds, {"precision": "bf16"}))
+
+
+def test_stacked_runs_in_bf16_answer_as_alone_within_its_rounding() -> None:
+    alone, stacked = (testing.toy("er", seeds, {"precision": "bf16"}) for seeds in ((1,), (0, 1)))
+    batch = alone.stream.batch(0)
+    many = {key: value.expand(2, *value.shape[1:]) for key, value in batch.items()}
+    with torch.inference_mode():
+        one, two = alone.strategy.predict(batch)[0], stacked.strategy.predict(many)[1]
+    torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)
+
+
+def test_bf16_is_refused_where_it_is_not_made() -> None:
+    from cl_sim.encoders.transformer import SASRecConfig
+
+    lists = {"items": Field((10,), torch.int32)}
+    with pytest.raises(BadConfig, match="'bf16'.*'sasrec'.*--precision"):
+        encoders.make("sasrec", SASRecConfig(), lists, 31, "bf16")

@@ -42,7 +42,7 @@ def config_class(name: str) -> type:
     return found
 
 
-def make(name: str, cfg: Any, fields: Fields, classes: int) -> nn.Module:
+def make(name: str, cfg: Any, fields: Fields, classes: int, precision: str = "float32") -> nn.Module:
     """A fresh encoder for the samples of a stream: of its `x`, or of its histories of `items`.
 
     Raises: UnknownName; BadConfig for samples that the encoder cannot take.
@@ -51,12 +51,14 @@ def make(name: str, cfg: Any, fields: Fields, classes: int) -> nn.Module:
         kind, fit = ("histories of items", "sasrec") if "items" in fields else ("no histories of items", "mlp")
         raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
     if name != "sasrec":
-        return build(name, cfg, fields["x"])
+        return build(name, cfg, fields["x"], precision)
+    if precision != "float32":
+        raise BadConfig(f"precision is '{precision}', but encoder 'sasrec' computes in float32; leave --precision out")
     sequence: nn.Module = _module(ENCODERS[name]).build(cfg, classes - 1, fields["items"].shape[0])
     return sequence
 
 
-def build(name: str, cfg: Any, field: Field) -> Pixels:
+def build(name: str, cfg: Any, field: Field, precision: str = "float32") -> Pixels:
     """A fresh encoder for samples of this field, behind its pixel scaling.
 
     `resnet18` is our own one with a 3x3 stem; torchvision's is `torchvision:resnet18`.
@@ -65,7 +67,7 @@ def build(name: str, cfg: Any, field: Field) -> Pixels:
     """
     module = _module(_entry(name))
     made = module.build(cfg, field) if name in ENCODERS else module.build(name, cfg, field)
-    return Pixels(made, cfg, field)
+    return Pixels(made, cfg, field, precision)
 
 
 def usual(fields: Fields) -> str:

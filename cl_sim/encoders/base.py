@@ -32,6 +32,9 @@ class EncoderConfig:
 class Pixels(nn.Module):
     """An encoder behind its input scaling: bytes become [0, 1], then mean and std, if there are any.
 
+    With precision bf16 it computes in bfloat16 where autocast deems that safe, on weights kept in float32; its features, and
+    so all that stands on them (heads, similarities, losses, memories), are float32 again.
+
     A frozen encoder asks for no gradients and stays in evaluation mode, whatever `train` says; give optimisers
     `cl_sim.optim.trainable(net)`.
 
@@ -42,8 +45,9 @@ class Pixels(nn.Module):
     std: Tensor
     dim: int
 
-    def __init__(self, encoder: Any, cfg: EncoderConfig, field: Field) -> None:
+    def __init__(self, encoder: Any, cfg: EncoderConfig, field: Field, precision: str = "float32") -> None:
         super().__init__()
+        self.bf16 = precision == "bf16"
         channels = field.shape[0] if field.shape else 1
         if cfg.mean and len(cfg.mean) != channels:
             raise BadConfig(
@@ -71,5 +75,10 @@ class Pixels(nn.Module):
             x = x.float() / 255
         if self.scaled:
             x = (x - self.mean) / self.std
-        features: Tensor = self.encoder(x)
-        return features
+        features: Tensor
+        if not self.bf16:
+            features = self.encoder(x)
+            return features
+        with torch.autocast(x.device.type, torch.bfloat16):
+            features = self.encoder(x)
+        return features.float()
