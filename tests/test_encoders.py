@@ -206,5 +206,5 @@ def test_bf16_is_refused_where_it_is_not_made() -> None:
     from cl_sim.encoders.transformer import SASRecConfig
 
     lists = {"items": Field((10,), torch.int32)}
-    with pytest.raises(BadConfig, match="'bf16'.*'sasrec'.*--precision"):
+    with pytest.raises(BadConfig, match=r"'bf16'.*'sasrec'.*--precision"):
         encoders.make("sasrec", SASRecConfig(), lists, 31, "bf16")
