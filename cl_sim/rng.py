@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -48,21 +49,37 @@ class Rng(nn.Module):
         keys = torch.tensor([derive(seed, purpose) for seed in seeds], dtype=torch.int64, device=device)
         self.register_buffer("key", keys)
         self.register_buffer("counter", torch.zeros_like(keys))
+        self.ready: Tensor | None = None  # words drawn ahead
 
     @property
     def runs(self) -> int:
         """How many runs draw from here."""
         return len(self.key)
 
+    @contextmanager
+    def at_once(self, count: int) -> Iterator[None]:
+        """Make the next `count` words per run in one go: the same numbers, a tenth of the calls. All must be used inside."""
+        self.ready = self._words(count)
+        yield
+        assert self.ready is not None
+        assert self.ready.shape[1] == 0, "words drawn ahead were left over"
+        self.ready = None
+
     def bits(self, *shape: int) -> Tensor:
         """64 random bits per element, as int64.    Shapes: -> [R, *shape]."""
         count = math.prod(shape)
+        if self.ready is None:
+            return self._words(count).view(-1, *shape)
+        words, self.ready = torch.split(self.ready, [count, self.ready.shape[1] - count], 1)
+        return words.reshape(-1, *shape)
+
+    def _words(self, count: int) -> Tensor:
         index = torch.arange(1, count + 1, device=self.key.device) + self.counter[:, None]  # [R, N]
         self.counter += count
         word = index * GOLDEN + self.key[:, None]
         word = (word ^ shift_right(word, 30)) * MIX_1
         word = (word ^ shift_right(word, 27)) * MIX_2
-        return (word ^ shift_right(word, 31)).view(-1, *shape)
+        return word ^ shift_right(word, 31)
 
     def uniform(self, *shape: int) -> Tensor:
         """Multiples of 2^-24 in [0, 1), as float32.    Shapes: -> [R, *shape]."""

@@ -111,6 +111,7 @@ def _train(
     config: RunConfig, seeds: tuple[int, ...], place: Place, stop: Callable[[], bool], note: Callable[[str], None]
 ) -> str:
     torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow and mean nothing here
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     with Journal(place.folder / "journal.jsonl") as journal:
         return _journaled(config, seeds, place, journal, stop, note)

@@ -22,6 +22,17 @@ def slow_bits(key: int, counter: int) -> int:
     return z ^ (z >> 31)
 
 
+def test_words_made_at_once_are_the_words_made_one_by_one() -> None:
+    one, two = Rng((3, 5), "check"), Rng((3, 5), "check")
+    with one.at_once(4 * 7 + 4):
+        ahead = one.bits(4, 7), one.uniform(4)
+    behind = two.bits(4, 7), two.uniform(4)
+    assert all(torch.equal(a, b) for a, b in zip(ahead, behind, strict=True))
+    assert torch.equal(one.bits(3), two.bits(3))
+    with pytest.raises(AssertionError, match="left over"), one.at_once(5):
+        one.bits(4)
+
+
 def test_bits_equal_the_source_in_plain_integers() -> None:
     rng = Rng([0, 5], "test")
     drawn = torch.cat([rng.bits(3), rng.bits(2, 2).flatten(1)], 1)
