@@ -51,6 +51,13 @@ class Rng(nn.Module):
         self.register_buffer("counter", torch.zeros_like(keys))
         self.ready: Tensor | None = None  # words drawn ahead
 
+    @classmethod
+    def keyed(cls, keys: Tensor) -> Rng:
+        """One sequence per key, from its beginning; the same key draws the same numbers.    Shapes: keys [N] int64."""
+        made = cls((), "", keys.device)
+        made.key, made.counter = keys, torch.zeros_like(keys)
+        return made
+
     @property
     def runs(self) -> int:
         """How many runs draw from here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,15 @@ class Stream(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """Counts and choices worth printing: tasks, class order of the first run, samples left out."""
+        ...
+
+
+@runtime_checkable
+class Clips(Protocol):
+    """What streams of clips have besides."""
+
+    def clip_labels(self) -> NDArray[np.int64]:
+        """The classes of the instances of the first run's clips, in order; -1 is none.    Shapes: -> [N, G]."""
         ...
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_sim.indexed import IndexedStream
-from cl_sim.stream import Stream, truth
+from cl_sim.stream import Clips, Stream, truth
 
 SHADES = " ·░▒▓█"
 LINES = 20  # drawn at most; more classes are grouped
@@ -32,13 +32,19 @@ def of(stream: Stream, bins: int = 60) -> Timeline:
     steps = len(stream)
     labels = _labels(stream)
     edges = np.linspace(0, steps, min(bins, steps) + 1).round().astype(np.int64) * stream.batch_size
-    counts = [np.bincount(labels[a:b], minlength=stream.classes) for a, b in pairwise(edges)]
+    parts = [labels[a:b] for a, b in pairwise(edges)]
+    counts = [np.bincount(part[part >= 0], minlength=stream.classes) for part in parts]
     ends = tuple((step + 1) * stream.batch_size for step in range(steps) if stream.ends_task(step))
     return Timeline(edges, np.stack(counts).astype(np.float64), ends)
 
 
 def _labels(stream: Stream) -> NDArray[np.int64]:
-    """The first run's labels, without gathering a sample where the order is known.    Shapes: -> [N]."""
+    """The first run's labels, without making a sample where the order is known; -1 is none.
+
+    Shapes: -> [N], or of clips [N, G].
+    """
+    if isinstance(stream, Clips):
+        return stream.clip_labels()
     if isinstance(stream, IndexedStream):
         known: NDArray[np.int64] = stream.schedule.labels[0]
         return known

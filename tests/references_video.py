@@ -1,0 +1,60 @@
+"""Slow twins of clips, boxes and run lengths: loops and `math`, nothing shared with the package."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def compose(
+    pixels: Any, masks: Any, which: Any, pose: dict[str, Any], tint: Any, scene: Any, wave: float
+) -> tuple[Any, Any]:
+    """One frame, painted from the farthest instance to the nearest.
+
+    pixels [K][C][S][S], masks [K][S][S], which [G], pose values [G], tint [G][C], scene [C][H][W] -> picture [C][H][W] in
+    bytes, owner [H][W] (-1: nobody).
+    """
+    side, height, width = len(masks[0]), len(scene[0]), len(scene[0][0])
+    owner = [[-1] * width for _ in range(height)]
+    picture = [[[byte(value) for value in row] for row in plane] for plane in scene]
+    for g in sorted(range(len(which)), key=lambda g: -pose["depth"][g]):
+        if pose["hidden"][g]:
+            continue
+        angle, scale, shear = pose["angle"][g], pose["scale"][g], pose["shear"][g]
+        # the matrix scale * turn * lean, then its inverse by Cramer's rule
+        a, c = scale * math.cos(angle), scale * math.sin(angle)
+        b = scale * (math.cos(angle) * shear - math.sin(angle))
+        d = scale * (math.sin(angle) * shear + math.cos(angle))
+        det = a * d - b * c
+        for y in range(height):
+            for x in range(width):
+                dx, dy = x + 0.5 - pose["x"][g], y + 0.5 - pose["y"][g]
+                qx, qy = (d * dx - b * dy) / det, (a * dy - c * dx) / det
+                if wave:
+                    qx += wave * math.sin(2 * math.pi * qy / side + pose["phase"][g])
+                    qy += wave * math.sin(2 * math.pi * qx / side + 2 * pose["phase"][g])
+                u, v = math.floor(qx + side / 2), math.floor(qy + side / 2)
+                if 0 <= u < side and 0 <= v < side and masks[which[g]][v][u]:
+                    owner[y][x] = g
+                    for channel in range(len(scene)):
+                        picture[channel][y][x] = byte(pixels[which[g]][channel][v][u] / 255 * tint[g][channel])
+    return picture, owner
+
+
+def byte(value: float) -> int:
+    """A brightness as a byte, rounded half up."""
+    return math.floor(min(max(value, 0.0), 1.0) * 255 + 0.5)
+
+
+def box(mask: Any) -> tuple[int, int, int, int]:
+    """The smallest box around the true cells of a mask."""
+    rows = [y for y, row in enumerate(mask) if any(row)]
+    columns = [x for x in range(len(mask[0])) if any(row[x] for row in mask)]
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, 0, 0)
+
+
+def overlap(one: Any, two: Any) -> float:
+    """Intersection over union of two boxes of whole pixels, by counting pixels."""
+    cells = [{(x, y) for x in range(int(b[0]), int(b[2])) for y in range(int(b[1]), int(b[3]))} for b in (one, two)]
+    union = cells[0] | cells[1]
+    return len(cells[0] & cells[1]) / len(union) if union else 0.0
