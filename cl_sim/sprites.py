@@ -123,13 +123,15 @@ def cast(rng: Rng, sprites: Sheet, allowed: Tensor, instances: int, same_class: 
     return sprites.first[label] + place
 
 
-def enough(sprites: Sheet, instances: int, name: str) -> None:
-    """Raise BadConfig unless every class has a sprite for each instance."""
-    fewest = int(sprites.sizes.min())
+def shown(sprites: Sheet, instances: int, name: str) -> Tensor:
+    """The classes that have a sprite.    Shapes: -> [k].    Raises: BadConfig if one has fewer than there are instances."""
+    known = sprites.sizes.nonzero()[:, 0]
+    fewest = int(sprites.sizes[known].min())
     if fewest < instances:
         raise BadConfig(
             f"stream.instances is {instances}, but a class of '{name}' has only {fewest} images; use fewer instances"
         )
+    return known
 
 
 def poses(

@@ -78,10 +78,14 @@ class SpritesConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """What the clips of one part (training or test) are made from.    Shapes: keys [R, clips] int64."""
+    """What the clips of one part (training or test) are made from.
+
+    Shapes: keys [R, clips] int64, allowed [R, E, k] (the classes of every experience).
+    """
 
     sheet: sprites.Sheet
     keys: Tensor
+    allowed: Tensor
     per_task: int
     frames: int
     errors: float
@@ -118,7 +122,6 @@ class Sprites:
         self.samples = per_task * self.tasks
         self.train = self._part(loaded.train, "train", per_task, cfg.frames, cfg.train_errors)
         self.test = self._part(loaded.test, "test", cfg.test_clips, cfg.test_frames, cfg.test_errors)
-        self.allowed = self._classes_of_tasks()  # [R, E, k]
         self.look = torch.as_tensor(
             np.stack([domains(seed, self.tasks, cfg) for seed in seeds]), device=device
         )  # [R, E, 3]
@@ -132,17 +135,21 @@ class Sprites:
 
     def _part(self, images: Arrays, name: str, per_task: int, frames: int, errors: float) -> Part:
         sheet = sprites.sheet(np.asarray(images.x), np.asarray(images.y), self.cfg.silhouette, self.device)
-        sprites.enough(sheet, self.cfg.instances, self.name)
+        classes = sprites.shown(sheet, self.cfg.instances, self.name)
         keys = [
             [derive(seed, f"{name} clip {j} {k}") for j in range(self.tasks) for k in range(per_task)]
             for seed in (self.seeds if name == "train" else [0] * len(self.seeds))
         ]
-        return Part(sheet, torch.tensor(keys, device=self.device), per_task, frames, errors)
+        return Part(sheet, torch.tensor(keys, device=self.device), self._of_tasks(classes), per_task, frames, errors)
 
-    def _classes_of_tasks(self) -> Tensor:
-        """The classes of every experience.    Shapes: -> [R, E, k]."""
+    def _of_tasks(self, classes: Tensor) -> Tensor:
+        """The classes of every experience, out of those that a part shows.    Shapes: [k] -> [R, E, k]."""
         if self.cfg.split != "class":
-            return torch.arange(self.classes, device=self.device).expand(len(self.seeds), self.tasks, -1)
+            return classes.expand(len(self.seeds), self.tasks, -1)
+        if len(classes) < self.classes:
+            raise BadConfig(
+                f"stream.split is 'class', but '{self.name}' trains and tests on different classes; use none or domain"
+            )
         equal_tasks(self.classes, self.tasks)
         orders = class_orders(self.classes, self.cfg.order, self.seeds)
         return torch.as_tensor(orders, device=self.device).view(len(orders), self.tasks, -1)
@@ -163,7 +170,7 @@ class Sprites:
         task = numbers // part.per_task
         run = torch.arange(len(numbers), device=numbers.device)[:, None]
         rng = Rng.keyed(part.keys.gather(1, numbers).flatten())
-        allowed = self.allowed[run, task].flatten(0, 1)
+        allowed = part.allowed[run, task].flatten(0, 1)
         which = sprites.cast(rng, part.sheet, allowed, self.cfg.instances, self.cfg.same_class)
         return rng, self.look[run, task].flatten(0, 1), which
 
@@ -210,7 +217,7 @@ class Sprites:
     def describe(self) -> dict[str, Any]:
         """Counts and choices worth printing."""
         cfg = self.cfg
-        parts = {"classes of tasks": self.allowed[0].tolist()} if cfg.split == "class" else {}
+        parts = {"classes of tasks": self.train.allowed[0].tolist()} if cfg.split == "class" else {}
         factors = {"pace, bending, light": self.look[0].round(decimals=2).tolist()} if cfg.split == "domain" else {}
         return {
             "data": self.name,

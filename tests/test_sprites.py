@@ -271,7 +271,7 @@ def test_experiences_of_classes_show_their_own_and_the_test_clips_too() -> None:
     for step in range(len(stream)):
         labels = stream.batch(step)["label"]
         for run in range(2):
-            allowed = set(stream.allowed[run, step // 4].tolist())
+            allowed = set(stream.train.allowed[run, step // 4].tolist())
             assert set(labels[run][labels[run] >= 0].tolist()) <= allowed
         assert stream.seen(step).sum(1).tolist() == [step // 4 + 1] * 2
     full = list(stream.holdout().chunks(0, True))
@@ -279,7 +279,7 @@ def test_experiences_of_classes_show_their_own_and_the_test_clips_too() -> None:
     for chunk in full:
         for run, task in enumerate(chunk["split"][:, 0].tolist()):
             labels = chunk["label"][run]
-            assert set(labels[labels >= 0].tolist()) <= set(stream.allowed[run, task].tolist())
+            assert set(labels[labels >= 0].tolist()) <= set(stream.train.allowed[run, task].tolist())
     assert sum(chunk["clip"].shape[1] for chunk in stream.holdout().chunks(4, False)) == 2
     assert stream.clip_labels().shape == (40, 3)
 
@@ -308,6 +308,15 @@ def test_frames_without_an_instance_and_clips_of_one_are_possible() -> None:
     assert shown.any()
     empty = torch.where(shown[..., None, None, None], False, batch["masks"][:, :, :, :1])
     assert not empty.any()
+
+
+def test_only_classes_that_have_images_are_shown() -> None:
+    x, y = np.zeros((12, 1, 8, 8), np.uint8), np.array([2] * 5 + [4] * 7)
+    x[:, :, 3] = 255
+    sheet = sprites.sheet(x, y, "auto", CPU)
+    assert sprites.shown(sheet, 5, "mine").tolist() == [2, 4]
+    which = sprites.cast(Rng.keyed(torch.arange(50)), sheet, torch.tensor([2, 4]).expand(50, -1), 5, 0.5)
+    assert set(sheet.labels[which].flatten().tolist()) == {2, 4}
 
 
 @pytest.mark.parametrize("kind", ["ink", "ellipse"])
