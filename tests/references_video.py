@@ -58,3 +58,41 @@ def overlap(one: Any, two: Any) -> float:
     cells = [{(x, y) for x in range(int(b[0]), int(b[2])) for y in range(int(b[1]), int(b[3]))} for b in (one, two)]
     union = cells[0] | cells[1]
     return len(cells[0] & cells[1]) / len(union) if union else 0.0
+
+
+def runs(mask: Any) -> list[int]:
+    """Run lengths of a mask, walking down its columns."""
+    found, value = [0], False
+    for x in range(len(mask[0])):
+        for y in range(len(mask)):
+            if bool(mask[y][x]) == value:
+                found[-1] += 1
+            else:
+                value = not value
+                found.append(1)
+    return found
+
+
+def compressed(counts: list[int]) -> str:
+    """Run lengths as text, through strings of binary digits in two's complement."""
+    text = ""
+    for place, count in enumerate(counts):
+        value = count - (counts[place - 2] if place > 2 else 0)
+        groups = 1
+        while not -(2 ** (5 * groups - 1)) <= value < 2 ** (5 * groups - 1):
+            groups += 1
+        digits = format(value % 2 ** (5 * groups), f"0{5 * groups}b")
+        low_first = [digits[end - 5 : end] for end in range(len(digits), 0, -5)]
+        for number, group in enumerate(low_first):
+            more = "0" if number == groups - 1 else "1"
+            text += chr(48 + int(more + group, 2))
+    return text
+
+
+def winds(corners: list[tuple[float, float]], x: float, y: float) -> bool:
+    """Is a point inside a polygon? By the sum of the angles under which it sees the sides (odd number of turns)."""
+    turned = 0.0
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        a, b = math.atan2(y0 - y, x0 - x), math.atan2(y1 - y, x1 - x)
+        turned += (b - a + math.pi) % (2 * math.pi) - math.pi
+    return round(turned / (2 * math.pi)) % 2 != 0
