@@ -37,10 +37,10 @@ def decode(written: Any, height: int, width: int) -> Mask:
     if isinstance(written, list):
         return polygons(written, height, width)
     if not isinstance(written, dict) or "counts" not in written:
-        raise BadData(f"a segmentation is run lengths (with 'counts'), polygons or null, not {_short(written)}")
+        raise BadData(f"a segmentation is run lengths (with 'counts'), polygons or null, not {short(written)}")
     size = written.get("size", [height, width])
     if size != [height, width]:
-        raise BadData(f"the mask's size is {_short(size)}, but the video's is {[height, width]} (height, width)")
+        raise BadData(f"the mask's size is {short(size)}, but the video's is {[height, width]} (height, width)")
     counts = written["counts"]
     return fill(expand(counts) if isinstance(counts, str) else counts, height, width)
 
@@ -58,7 +58,7 @@ def fill(counts: Any, height: int, width: int) -> Mask:
     """The mask of some run lengths.    Shapes: -> [H, W].    Raises: BadData if they do not fill it exactly."""
     whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
     if not whole:
-        raise BadData(f"run lengths are text or whole numbers from 0, not {_short(counts)}")
+        raise BadData(f"run lengths are text or whole numbers from 0, not {short(counts)}")
     if sum(counts) != height * width:
         raise BadData(f"the run lengths add up to {sum(counts)}, but {height}x{width} pixels are {height * width}")
     values = np.arange(len(counts)) % 2 == 1
@@ -108,7 +108,7 @@ def polygons(parts: Any, height: int, width: int) -> Mask:
     mask = np.zeros((height, width), dtype=bool)
     for part in parts:
         if not isinstance(part, list) or len(part) % 2 or not all(isinstance(n, int | float) for n in part):
-            raise BadData(f"a polygon is a list of x and y in turn, not {_short(part)}")
+            raise BadData(f"a polygon is a list of x and y in turn, not {short(part)}")
         if len(part) >= FEWEST:
             mask |= _polygon(np.array(part, dtype=np.float64).reshape(-1, 2), height, width)
     return mask
@@ -126,6 +126,7 @@ def _polygon(corners: NDArray[np.float64], height: int, width: int) -> Mask:
     return inside
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it is shown in an error."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

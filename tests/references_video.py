@@ -96,3 +96,34 @@ def winds(corners: list[tuple[float, float]], x: float, y: float) -> bool:
         a, b = math.atan2(y0 - y, x0 - x), math.atan2(y1 - y, x1 - x)
         turned += (b - a + math.pi) % (2 * math.pi) - math.pi
     return round(turned / (2 * math.pi)) % 2 != 0
+
+
+def look(picture: Any, mask: Any, corner: Any, side: float, angle: float, centre: Any, flip: bool) -> tuple[Any, Any]:
+    """One plane of a frame and a mask as a camera sees them; corner and centre in shares, angle in radians.
+
+    picture [H][W] in bytes, mask [H][W] -> the same.
+    """
+    height, width = len(mask), len(mask[0])
+    seen = [[0] * width for _ in range(height)]
+    shown = [[False] * width for _ in range(height)]
+
+    def at(x: int, y: int) -> float:
+        return float(picture[min(max(y, 0), height - 1)][min(max(x, 0), width - 1)])
+
+    for row in range(height):
+        for column in range(width):
+            px, py = column + 0.5 - centre[0] * width, row + 0.5 - centre[1] * height
+            radius, direction = math.hypot(px, py), math.atan2(py, px) - angle
+            x = centre[0] * width + radius * math.cos(direction)
+            y = centre[1] * height + radius * math.sin(direction)
+            if not (0 <= x < width and 0 <= y < height):
+                continue
+            x = width - x if flip else x
+            x, y = corner[0] * width + side * x, corner[1] * height + side * y
+            shown[row][column] = mask[min(math.floor(y), height - 1)][min(math.floor(x), width - 1)]
+            left, top = math.floor(x - 0.5), math.floor(y - 0.5)
+            right, low = x - 0.5 - left, y - 0.5 - top
+            upper = at(left, top) * (1 - right) + at(left + 1, top) * right
+            under = at(left, top + 1) * (1 - right) + at(left + 1, top + 1) * right
+            seen[row][column] = math.floor(upper * (1 - low) + under * low + 0.5)
+    return seen, shown
