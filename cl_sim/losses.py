@@ -302,3 +302,35 @@ def enhanced(rows: Tensor, neighbours: Tensor) -> Tensor:
     """
     views = zip(F.normalize(rows, dim=-1).chunk(2), F.normalize(neighbours.detach(), dim=-1).chunk(2), strict=True)
     return torch.cat([part for row, near in views for part in (row, near.flatten(0, 1))])
+
+
+def bank_contrast(
+    anchors: Tensor, positives: Tensor, negatives: Tensor, positive_mask: Tensor, negative_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Contrast of anchors with the positives and negatives of each: on dot products, and on cosines.
+
+    embed: log(1 + sum over pairs of a positive and a negative of exp(a.n - a.p)); cosine: mean squared gap of the cosines to 1
+    for positives and to 0 for negatives. Both are means over the anchors that have a positive and a negative, unweighted, and 0
+    (with a graph) if there are none. Half-precision inputs are computed in float32.
+
+    Shapes: anchors [A, D], positives [A, P, D], negatives [A, N, D], masks [A, P] and [A, N] bool -> [], [].
+    Source: Ying et al. 2023, "CTVIS: Consistent Training for Online Video Instance Segmentation", as released.
+    """
+    if anchors.dtype in (torch.float16, torch.bfloat16):
+        anchors, positives, negatives = anchors.float(), positives.float(), negatives.float()
+    if not positives.shape[1] or not negatives.shape[1] or not len(anchors):
+        return anchors[:0].sum(), anchors[:0].sum()
+    counted = positive_mask.any(1) & negative_mask.any(1)  # [A]
+    anchors = anchors.masked_fill(~counted[:, None], 0)  # padding may hold anything
+    takes = torch.cat([positive_mask, negative_mask], 1) & counted[:, None]  # [A, P + N]
+    others = torch.cat([positives, negatives], 1).masked_fill(~takes[..., None], 0)
+    likeness = (anchors[:, None] * others).sum(-1)
+    wanted = torch.arange(others.shape[1], device=anchors.device) < positives.shape[1]  # [P + N]
+    hole = ~takes & counted[:, None]  # rows that count for nothing keep finite numbers, for the sake of their gradients
+    away = likeness.masked_fill(hole, -torch.inf)[:, positives.shape[1] :].logsumexp(1)
+    near = (-likeness).masked_fill(hole, -torch.inf)[:, : positives.shape[1]].logsumexp(1)
+    embed = torch.logaddexp(away + near, torch.zeros_like(near))
+    cosines = (F.normalize(anchors, dim=1, eps=SHORTEST)[:, None] * F.normalize(others, dim=2, eps=SHORTEST)).sum(-1)
+    gaps = (cosines - wanted.to(cosines.dtype)).square().masked_fill(~takes, 0)
+    per_anchor = gaps.sum(1) / takes.sum(1).clamp(min=1)
+    return _mean_where(embed, counted), _mean_where(per_anchor, counted)
