@@ -170,7 +170,7 @@ def test(strategy: Strategy, batch: Batch, known: Batch) -> Logs:
     with torch.inference_mode():
         answer = strategy.predict(batch)
     strategy.train()
-    sums = measure.of(strategy.env.task).test(answer, known)
+    sums = strategy.measure().test(answer, known)
     return {TEST + name: value for name, value in sums.items()}
 
 
@@ -184,7 +184,7 @@ def evaluate(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> Flo
 
 def evaluate_all(strategy: Strategy, holdout: Holdout, step: int, full: bool) -> dict[str, Floats]:
     """Every metric of the task, the main one among them, as `evaluate`.    Shapes: -> each [R, S]."""
-    measured = measure.of(strategy.env.task)
+    measured = strategy.measure()
     metric = measured.metric(strategy.env.runs, len(holdout.names), strategy.env.device)
     strategy.eval()
     with torch.inference_mode():

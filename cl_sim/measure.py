@@ -1,4 +1,4 @@
-"""What is measured on a stream, by its task: right answers for classes, the place of the right item for rankings."""
+"""What is measured on a stream, by its task: right answers for classes, the right item's place for rankings, tracks for clips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from cl_sim.errors import BadConfig
 from cl_sim.metrics.accuracy import Accuracy
+from cl_sim.metrics.association import association_accuracy
+from cl_sim.metrics.clips import EXTRAS, Association, Tracked
 from cl_sim.metrics.ranking import Ranking, gains, ranks, scored
+from cl_sim.tracker import TrackerConfig
 from cl_sim.types import Batch, Logs
 
 TESTED = "tested"  # how many samples of a batch were measured before it was learned
@@ -38,6 +41,7 @@ class Measure:
     metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
     test: Callable[[Tensor, Batch], Logs]  # sums [R] over a batch by name, and `tested`
     every_batch: bool = False  # test on all batches if on any, and report the stream's second half too
+    finals: tuple[str, ...] = ()  # other results whose last values, averaged over splits, are summarised too
 
 
 def accuracy_sums(output: Tensor, batch: Batch) -> Logs:
@@ -53,7 +57,31 @@ def ranking_sums(output: Tensor, batch: Batch) -> Logs:
     return {name: (found[name] * counted).sum(1) for name in ("hr10", "ndcg10")} | {TESTED: counted.sum(1)}
 
 
+def association(cfg: TrackerConfig, dim: int = 0) -> Measure:
+    """Tracks made by this tracker of embeddings of this width; class scores may follow these in the output."""
+
+    def test(output: Tensor, batch: Batch) -> Logs:
+        """Observations that stay on the track of their match before, and all that could."""
+        made = Tracked(output, batch, cfg, dim or output.shape[-1])
+        runs, clips = output.shape[:2]
+        counts = [
+            [association_accuracy(*made.lists(batch, r, b))["counts"]["accuracy"] for b in range(clips)]
+            for r in range(runs)
+        ]
+        right, every = torch.tensor(counts, dtype=torch.float64, device=output.device).sum(1).unbind(-1)
+        return {"association": right, TESTED: every}
+
+    return Measure(
+        "assa",
+        "assa",
+        lambda runs, splits, device: Association(runs, splits, device, cfg, dim),
+        test,
+        finals=EXTRAS,
+    )
+
+
 MEASURES = {
+    "associate": association(TrackerConfig()),
     "classify": Measure("acc", "accuracy", Accuracy, accuracy_sums),
     "rank": Measure(
         "hr10",

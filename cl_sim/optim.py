@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cl_sim.runs import Lift
 
@@ -91,12 +93,47 @@ class Average(nn.Module):
         return self.net(*inputs)
 
 
+class AdamW(Optimizer):
+    """AdamW whose counter stays on the device, so that a step never reads the host; torch's does on a CPU.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, without a schedule.
+    """
+
+    def __init__(
+        self, groups: Any, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "mean": torch.zeros_like(parameter),
+                    "square": torch.zeros_like(parameter),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on the gradients that there are."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                held = self.state[parameter]
+                held["step"] += 1
+                held["mean"].lerp_(parameter.grad, 1 - first)
+                held["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+                mean = held["mean"] / (1 - first ** held["step"])
+                root = (held["square"] / (1 - second ** held["step"])).sqrt() + group["eps"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / root)
+
+
 def without_decay_of_norms(net: Lift, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that learn as groups of an optimiser, so that those of BatchNorm layers do not decay."""
+    """The parameters that learn as groups of an optimiser, so that those of norms do not decay."""
     norms = {
         id(parameter)
         for part in net.modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm)
         for parameter in part.parameters()
     }
     own = trainable(net)

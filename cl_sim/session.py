@@ -164,6 +164,9 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     values |= {f"{name}_prequential": list(value) for name, value in progress.means().items()}
     if measured.every_batch:
         values |= {f"{name}_second_half": list(value) for name, value in progress.means(late=True).items()}
+    for name in measured.finals:
+        if lines and name in lines[-1]:
+            values[f"{name}_end"] = [known_mean(row) for row in lines[-1][name]]
     seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
     costs = {
         "samples_per_second": stream.batch_size / seconds,
@@ -174,6 +177,12 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
         "peak_bytes": peak_bytes(strategy.env.device),
     }
     return values | {key: np.full(runs, float(value)) for key, value in costs.items()}
+
+
+def known_mean(row: Sequence[float | None]) -> float:
+    """The mean of what was measured; NaN if nothing was."""
+    known = [value for value in row if value is not None]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def memories(strategy: nn.Module) -> list[Rows]:

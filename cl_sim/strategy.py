@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng, derive
 from cl_sim.runs import Lift
 from cl_sim.types import Batch, Fields, Logs
+
+if TYPE_CHECKING:
+    from cl_sim.measure import Measure
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,7 @@ class Env:
     device: torch.device
     augment: Callable[[Batch], Batch]
     encoder: Callable[[], Any]
+    rebuild: Callable[[Tensor], Batch] | None = None  # samples by their numbers, if the stream can make them again
     lifted: int = field(default=0, init=False)
 
     @property
@@ -92,6 +96,14 @@ class Strategy(nn.Module):
 
     def boundary(self) -> None:
         """A task has ended. Called only if the stream announces it."""
+
+    def measure(self) -> Measure:
+        """How its predictions are measured: as usual for the task, unless they need settings of the strategy."""
+        from cl_sim import (
+            measure,
+        )  # which knows the settings of trackers, as the registry knows strategies: not at import
+
+        return measure.of(self.env.task)
 
     def descend(self, loss: Tensor, optimiser: Optimizer) -> None:
         """One gradient step. The sum over runs keeps their gradients apart.    Shapes: loss [R]."""

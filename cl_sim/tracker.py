@@ -78,11 +78,15 @@ def suppress(overlap: Tensor, order: Tensor, valid: Tensor, limit: float) -> Ten
 
 
 def mask_overlap(masks: Tensor) -> Tensor:
-    """Intersection over union of every two masks, 1e-6 added to both; 0 if both are empty.    Shapes: [N, H, W] -> [N, N]."""
-    flat = masks.flatten(1).float()
-    both = flat @ flat.T
-    area = flat.sum(1)
-    union = area[:, None] + area - both
+    """How much every two masks of one frame overlap.    Shapes: [N, H, W] -> [N, N]."""
+    return overlap_of(masks, masks)
+
+
+def overlap_of(masks: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union, 1e-6 added to both; 0 if both masks are empty.    Shapes: [N, H, W], [K, H, W] -> [N, K]."""
+    one, other = masks.flatten(1).float(), others.flatten(1).float()
+    both = one @ other.T
+    union = one.sum(1)[:, None] + other.sum(1) - both
     return torch.where(union > 0, (both + TINY) / (union + TINY), 0)
 
 

@@ -20,8 +20,10 @@ FEW_ROWS = {"strategy": {"capacity": 40, "epochs": 20}}
 NARROW = {"strategy": {"replay": 32, "width": 16, "lr": 0.03}, **NO_CROPS}
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
 SEMI = {"strategy": {"capacity": 40, "labelled": 10, "unlabelled": 20, "saa": True, "answer": "net"}, "augment": []}
+CLIPS = {"strategy": {"lr": 0.003, "capacity": 6, "replay": 2, "w_class": 0.1, "noise_prob": 0.1}}
 TOYS = {
     "aser": SMALL_MEMORY,
+    "ctvis": CLIPS,
     "derpp": LARGE_STEPS,
     "dvc": NO_CROPS,
     "ewc": {"strategy": {"every": 5}},  # tasks of 20 steps

@@ -19,7 +19,13 @@ class Entry(NamedTuple):
     config: str
 
 
-ENCODERS = {
+INSTANCES = {
+    "crop": Entry("instances", "CropConfig"),
+    "crop+mask": Entry("instances", "CropConfig"),
+    "given": Entry("instances", "GivenConfig"),
+    "roi": Entry("instances", "RoiConfig"),
+}
+ENCODERS = INSTANCES | {
     "mlp": Entry("mlp", "MLPConfig"),
     "reduced_resnet18": Entry("resnet", "ReducedResNet18Config"),
     "resnet18": Entry("resnet", "ResNet18Config"),
@@ -43,10 +49,17 @@ def config_class(name: str) -> type:
 
 
 def make(name: str, cfg: Any, fields: Fields, classes: int, precision: str = "float32") -> nn.Module:
-    """A fresh encoder for the samples of a stream: of its `x`, or of its histories of `items`.
+    """A fresh encoder for the samples of a stream: of its `x`, of its histories of `items`, or of the instances of its clips.
 
     Raises: UnknownName; BadConfig for samples that the encoder cannot take.
     """
+    clips = "boxes" in fields
+    if clips != (name in INSTANCES):
+        kind, fit = ("clips of instances", "crop") if clips else ("no clips of instances", "mlp")
+        raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
+    if clips:
+        embedder: nn.Module = _module(ENCODERS[name]).build(name, cfg, fields)
+        return embedder
     if ("items" in fields) != (name == "sasrec"):
         kind, fit = ("histories of items", "sasrec") if "items" in fields else ("no histories of items", "mlp")
         raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
@@ -71,7 +84,9 @@ def build(name: str, cfg: Any, field: Field, precision: str = "float32") -> Pixe
 
 
 def usual(fields: Fields) -> str:
-    """What a stream gets if nothing is named: a transformer for histories of items, else what its samples need."""
+    """What a stream gets if nothing is named: a transformer for histories, crops for clips, else what its samples need."""
+    if "boxes" in fields:
+        return "given" if "features" in fields else "crop"
     return "sasrec" if "items" in fields else default(fields["x"])
 
 
