@@ -17,6 +17,7 @@ from cl_sim.encoders.classifier import unit
 
 Contrast = Literal["proxy", "one", "all"]
 Similarity = Literal["dot", "cos"]
+Scope = Literal["row", "batch"]
 SHORTEST = 1e-8  # a row that is shorter than this is divided by it instead of by its norm
 
 
@@ -159,17 +160,24 @@ def _log_shares(similarity: Tensor, tau: float, itself: bool) -> Tensor:
     return (similarity / tau).masked_fill(own, -torch.inf).log_softmax(1).masked_fill(own, 0)
 
 
-def info_nce(x: Tensor, y: Tensor, tau: float, similarity: Similarity = "dot", labels: Tensor | None = None) -> Tensor:
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    tau: float,
+    similarity: Similarity = "dot",
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Contrast of two views of B samples: each of the 2B rows finds its other view among the rows of both views.
 
     With labels, rows of the anchor's own label are no negatives; an anchor without negatives is left out, and the loss is 0 if
-    all are (also for a single sample).
+    all are (also for a single sample). Samples that are not `valid` are neither anchors nor negatives.
 
-    Shapes: x and y [B, D], labels [B] -> [].
+    Shapes: x and y [B, D], labels [B], valid [B] bool -> [].
     Source: Qin et al. 2023, "Meta-optimized Contrastive Learning for Sequential Recommendation", as released (the mean over
     the 2B rows, where the paper adds two directions); labels and cosines are ours.
     """
-    scores, negative = _pairs(x, y, tau, similarity, labels)  # [2B, 2B]
+    scores, negative = _pairs(x, y, tau, similarity, labels, valid)  # [2B, 2B]
     positive = _positives(scores)
     itself_and_kin = ~(negative | _partner(len(x), x.device))
     per_row = scores.masked_fill(itself_and_kin, -torch.inf).logsumexp(1) - positive
@@ -182,7 +190,8 @@ def margin_regulariser(
     tau: float = 1.0,
     similarity: Similarity = "dot",
     labels: Tensor | None = None,
-    scope: Literal["row", "batch"] = "row",
+    scope: Scope = "row",
+    valid: Tensor | None = None,
 ) -> Tensor:
     """How far the positives lie above, and the negatives below, the margin between them; 0 for a single sample.
 
@@ -190,14 +199,14 @@ def margin_regulariser(
     over the rows plus the mean of hi - n over all negatives n, each cut at 0. It is 0 when all similarities are equal, so
     it belongs beside a contrast that spreads the rows; alone it would collapse them.
 
-    `scope="batch"` takes the smallest positive and the largest negative of the whole batch for every row. Labels leave out
-    negatives as in `info_nce`.
+    `scope="batch"` takes the smallest positive and the largest negative of the whole batch for every row. Labels and
+    `valid` leave out rows as in `info_nce`.
 
-    Shapes: x and y [B, D], labels [B] -> [].
+    Shapes: x and y [B, D], labels [B], valid [B] bool -> [].
     Source: Qin et al. 2023, "Meta-optimized Contrastive Learning for Sequential Recommendation": as released by rows, as
     printed over the batch.
     """
-    scores, negative = _pairs(x, y, tau, similarity, labels)
+    scores, negative = _pairs(x, y, tau, similarity, labels, valid)
     counted = negative.any(1)  # [2B]
     positive = _positives(scores)
     least = positive
@@ -213,7 +222,9 @@ def margin_regulariser(
     return _mean_where(above, counted) + _mean_where(below, negative)
 
 
-def _pairs(x: Tensor, y: Tensor, tau: float, similarity: Similarity, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pairs(
+    x: Tensor, y: Tensor, tau: float, similarity: Similarity, labels: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Similarities over tau of all rows of both views, and which of them are negatives.    Shapes: -> [2B, 2B] both."""
     rows = torch.cat([x, y])
     if similarity == "cos":
@@ -221,6 +232,8 @@ def _pairs(x: Tensor, y: Tensor, tau: float, similarity: Similarity, labels: Ten
     negative = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     if labels is not None:
         negative = negative & (labels[:, None] != labels)
+    if valid is not None:
+        negative = negative & valid[:, None] & valid
     return rows @ rows.T / tau, negative.tile(2, 2)
 
 

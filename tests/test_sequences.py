@@ -75,6 +75,21 @@ def test_the_margin_regulariser_equals_its_loops(
     assert_close(fast, number(slow), rtol=1e-10, atol=1e-10)
 
 
+@given(n=integers(1, 7), seed=seeds, classes=integers(0, 3))
+def test_contrasts_of_valid_samples_are_those_of_the_valid_samples_alone(n: int, seed: int, classes: int) -> None:
+    x, y, valid = rows(n, 4, seed), rows(n, 4, seed + 1), labels(n, 3, seed) > 0
+    own = labels(n, classes, seed + 2) if classes else None
+    few = None if own is None else own[valid]
+    assert not losses.info_nce(x, y, 0.5, labels=own, valid=torch.zeros_like(valid))
+    if valid.any():
+        part = losses.info_nce(x[valid], y[valid], 0.5, "cos", few)
+        assert_close(losses.info_nce(x, y, 0.5, "cos", own, valid), part)
+        for scope in ("row", "batch"):
+            part = losses.margin_regulariser(x[valid], y[valid], 0.5, labels=few, scope=scope)  # type: ignore[arg-type]
+            whole = losses.margin_regulariser(x, y, 0.5, labels=own, scope=scope, valid=valid)  # type: ignore[arg-type]
+            assert_close(whole, part)
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_orthonormal_pairs_give_the_values_worked_out_by_hand(size: int) -> None:
     z = orthonormal(size, 8)
