@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,47 @@ def clip(net: Lift, norm: float) -> None:
     factor = (norm / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)  # [R]
     for gradient in gradients:
         gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)) if net.runs > 1 else factor)
+
+
+class Adam(Optimizer):
+    """Adam that never reads the host: its step counters lie beside the parameters.
+
+    torch's own does the same with `capturable`, but refuses that on a CPU. A parameter without a gradient stays as it is.
+
+    Source: Kingma and Ba 2015, "Adam: A Method for Stochastic Optimization".
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float64, device=parameter.device),
+                    "mean": torch.zeros_like(parameter, requires_grad=False),
+                    "square": torch.zeros_like(parameter, requires_grad=False),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, (first, second) = self.state[parameter], group["betas"]
+        state["step"] += 1
+        state["mean"].lerp_(gradient, 1 - first)
+        state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        size = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        parameter.sub_(state["mean"] / size * (group["lr"] / (1 - first ** state["step"])))
 
 
 class Previous(nn.Module):
