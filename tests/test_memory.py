@@ -63,6 +63,49 @@ def test_the_reservoir_check_has_teeth(wrong: type[Rows]) -> None:
     assert worst_z(wrong, capacity=10, items=60, batch=10, runs=40_000) > 6
 
 
+class CountsWhatItSkips(Reservoir):
+    def add(self, batch: Batch, candidate: Tensor | None = None) -> None:
+        before = self.seen.clone()
+        super().add(batch, candidate)
+        self.seen.copy_(before + batch["index"].shape[1])
+
+
+def skipping_worst_z(make: type[Reservoir], runs: int) -> float:
+    """As above, where every third of 90 items is no candidate; those must never be kept."""
+    memory = make(10, BARE, Rng(range(runs), "test"), skips=True)
+    for start in range(0, 90, 9):
+        index = torch.arange(start, start + 9).expand(runs, -1)
+        memory.add({"index": index}, index % 3 != 1)
+    kept = np.bincount(memory.rows()["index"].flatten().numpy(), minlength=90) / runs
+    assert not kept[1::3].any()
+    share = 10 / 60
+    return float(np.abs(np.delete(kept, np.s_[1::3]) - share).max() / math.sqrt(share * (1 - share) / runs))
+
+
+def test_a_reservoir_that_skips_keeps_every_candidate_equally_often() -> None:
+    assert skipping_worst_z(Reservoir, runs=20_000) < ALARM
+    assert skipping_worst_z(CountsWhatItSkips, runs=20_000) > 6
+
+
+def test_a_reservoir_that_skips_fills_up_with_candidates_and_goes_on_after_a_resume() -> None:
+    memory, again = (Reservoir(5, BARE, Rng([0, 1], "test"), skips=True) for _ in range(2))
+    for start in (0, 4, 8):
+        index = torch.arange(start, start + 4).expand(2, -1)
+        with NoHostReads():
+            memory.add({"index": index}, index % 2 == torch.arange(2)[:, None])
+    assert memory.seen.tolist() == [6, 6]
+    assert memory.offered == 12
+    assert memory.valid().all()
+    again.load_state_dict(memory.state_dict())
+    assert again.offered == 12
+    few = Reservoir(5, BARE, Rng([0], "test"), skips=True)
+    few.add({"index": torch.tensor([[7, 8, 9]])}, torch.tensor([[False, True, False]]))
+    assert few.valid().tolist() == [[True, False, False, False, False]]
+    assert few.sample(3)["index"].tolist() == [[8, 0, 0]]  # what there is, then empty rows
+    few.add({"index": torch.tensor([[5]])})
+    assert few.rows()["index"][0, :2].tolist() == [8, 5]
+
+
 def slow_frozen(capacity: int, items: int, batch: int, draws: list[list[int]]) -> list[int]:
     """The published rule in plain loops; draws[b][i] is the slot drawn for item i of batch b."""
     rows: list[int] = []

@@ -165,6 +165,10 @@ class Rows(nn.Module):
         self.seen += offered
         self.offered += offered
 
+    def recount(self) -> None:
+        """Rebuild the host's count after loading."""
+        self.offered = int(self.seen[0])
+
 
 class _Unregistered:
     """Keeps a module out of state_dict: the strategy that made it saves it."""
@@ -174,7 +178,7 @@ class _Unregistered:
 
 
 def _recount(memory: Any, keys: Any) -> None:
-    memory.offered = int(memory.seen[0])
+    memory.recount()
 
 
 def last_wins(slot: Tensor, nowhere: int) -> Tensor:
