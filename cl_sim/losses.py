@@ -347,3 +347,13 @@ def bank_contrast(
     gaps = (cosines - wanted.to(cosines.dtype)).square().masked_fill(~takes, 0)
     per_anchor = gaps.sum(1) / takes.sum(1).clamp(min=1)
     return _mean_where(embed, counted), _mean_where(per_anchor, counted)
+
+
+def next_item(scores: Tensor, target: Tensor, counted: Tensor, candidate: Tensor) -> Tensor:
+    """Cross-entropy of the next item among the candidates, averaged over the counted rows; 0 without one.
+
+    Shapes: scores [B, I + 1], target [B], counted [B] bool, candidate [I + 1] bool -> [].
+    """
+    allowed = scores.masked_fill(~candidate, -torch.inf)
+    each = allowed.logsumexp(1) - scores.gather(1, target.long()[:, None])[:, 0]
+    return each.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)

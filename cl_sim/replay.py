@@ -17,7 +17,7 @@ from cl_sim.config import at_least
 from cl_sim.encoders.classifier import unit
 from cl_sim.errors import BadConfig
 from cl_sim.memory.rows import Rows
-from cl_sim.runs import Lift
+from cl_sim.runs import Lift, join
 from cl_sim.strategy import Env
 from cl_sim.types import Batch
 
@@ -48,6 +48,25 @@ def refuse_rule(cfg: ReplayConfig, strategy: str) -> None:
         raise BadConfig(f"rule is '{cfg.rule}', but {strategy} keeps no reservoir; leave strategy.rule out")
 
 
+def replay_loss(
+    new: Batch,
+    old: Batch,
+    loss: Callable[[Batch], Tensor],
+    recalled_loss: Callable[[Batch], Tensor] | None = None,
+    *,
+    joint_pass: bool = False,
+) -> Tensor:
+    """The loss of a new and a recalled batch: of each in a pass of its own, added, or of both in one pass.
+
+    Recalled samples may have another loss, and there may be none of them: no rows, or an empty batch.
+
+    Shapes: -> [R].    Source: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning", algorithm 1.
+    """
+    if not old or not next(iter(old.values())).shape[1]:
+        return loss(new)
+    return loss(join(new, old)) if joint_pass else loss(new) + (recalled_loss or loss)(old)
+
+
 class Tricks(nn.Module):
     """Read-out and review of one replay strategy, whose net has the parts `encoder` and `head`.
 
@@ -76,9 +95,9 @@ class Tricks(nn.Module):
         """Remember which classes have come."""
         self.seen |= self.present(new)
 
-    def scores(self, net: Lift, memory: Rows, x: Tensor) -> Tensor:
-        """The answer of the net, or of the class means.    Shapes: x [R, B, ...] -> [R, B, C]."""
-        if self.cfg.readout == "class_mean":
+    def scores(self, net: Lift, memory: Rows | None, x: Tensor) -> Tensor:
+        """The answer of the net, or of the class means of the memory.    Shapes: x [R, B, ...] -> [R, B, C]."""
+        if self.cfg.readout == "class_mean" and memory is not None:
             return self.means.scores(net.part("encoder"), memory, x)
         scores: Tensor = net(x)
         return self.masked(scores) if self.cfg.mask_unseen else scores

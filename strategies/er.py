@@ -19,8 +19,8 @@ from cl_sim.encoders.classifier import Classifier
 from cl_sim.errors import BadConfig
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, Tricks
-from cl_sim.runs import join, per_run
+from cl_sim.replay import REVIEW, Tricks, replay_loss
+from cl_sim.runs import per_run
 from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
@@ -61,17 +61,12 @@ class ER(Strategy):
     def observe(self, new: Batch) -> Logs:
         """One gradient step on the new batch and what the memory recalls; then remember the new batch."""
         for _ in range(self.cfg.replay_steps):
-            loss = self.joint_loss(new, self.memory.sample(self.cfg.replay))  # B_M ~ M
+            old = self.memory.sample(self.cfg.replay)  # B_M ~ M
+            loss = replay_loss(new, old, self.loss, self.recalled_loss, joint_pass=self.cfg.joint_pass)
             self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
         return {"loss": loss, **self.saa.tick()}
-
-    def joint_loss(self, new: Batch, old: Batch) -> Tensor:
-        """The loss of both batches, in one pass or in two.    Shapes: -> [R]."""
-        if self.cfg.joint_pass:
-            return self.loss(join(new, old))
-        return self.loss(new) + self.recalled_loss(old) if len(self.memory) else self.loss(new)
 
     def recalled_loss(self, old: Batch) -> Tensor:
         """Mean cross-entropy of recalled samples, in views made for each.    Shapes: -> [R]."""
