@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/cl-sim run finetune er split-digits --seeds 0-4 --set strategy.capacity=100
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
