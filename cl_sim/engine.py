@@ -81,6 +81,7 @@ class Progress:
     next_step: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)  # test-then-train sums by name, per run
     late: dict[str, list[float]] = field(default_factory=dict)  # the same over the second half of the stream
+    lost: dict[int, str] = field(default_factory=dict)  # runs that diverged -> what their logs said first
     train_seconds: float = 0.0  # time of stream, observe and logs, without evaluation
     timed_steps: int = 0
 
@@ -110,8 +111,9 @@ def run(
     """Replay the stream from the newest usable checkpoint, or from the start.
 
     `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
+    A run whose logs are not finite is lost: its numbers are NaN from then on, the runs beside it go on.
 
-    Raises: Diverged when a log is NaN or infinite; BadCheckpoint when there are checkpoints and none can be used.
+    Raises: Diverged when every run is lost; BadCheckpoint when there are checkpoints and none can be used.
     """
     meter, progress = Meter(), Progress()
     state, refused = checkpoint.latest(place.folder, strategy.env.device, place.owner)
@@ -123,7 +125,7 @@ def run(
         progress = Progress(**state["progress"])
     strategy.train()
     if progress.next_step == 0:
-        _evaluate(stream, strategy, journal, step=-1, full=False)
+        _evaluate(stream, strategy, journal, progress, step=-1, full=False)
     clock = Clock(strategy.env.device)
     for step in range(progress.next_step, plan.steps):
         batch = stream.batch(step)
@@ -135,13 +137,14 @@ def run(
             strategy.boundary()
         if plan.evaluates(step):
             with clock.paused():
-                _evaluate(stream, strategy, journal, step=step, full=step in plan.full)
+                _evaluate(stream, strategy, journal, progress, step=step, full=step in plan.full)
         if plan.flushes(step):
-            _flush(meter, stream, step, progress, journal, clock, place)
+            _flush(meter, stream, step, progress, journal, clock, place, note)
         stopping = stop()
         if plan.saves(step) or stopping:
             with clock.paused():
                 journal.sync()  # a checkpoint must never know more than the journal
+                _find_lost(meter.read(), progress, place, note)
                 _save(strategy, meter, progress, step, place)
         if stopping and step + 1 < plan.steps:
             return None
@@ -155,7 +158,6 @@ def _test_every(stream: Stream, prequential: int) -> int:
 
 
 def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place: Place) -> None:
-    _raise_if_diverged(meter.read(), place)
     progress.next_step = step + 1
     state = {"strategy": strategy.state_dict(), "meter": meter.state_dict(), "progress": vars(progress)}
     checkpoint.save(place.folder, step + 1, {"owner": place.owner, **state})
@@ -194,7 +196,9 @@ def evaluate_all(strategy: Strategy, holdout: Holdout, step: int, full: bool) ->
     return {name: value.cpu().numpy() for name, value in metric.result().items()}
 
 
-def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int, full: bool) -> None:
+def _evaluate(
+    stream: Stream, strategy: Strategy, journal: Journal, progress: Progress, *, step: int, full: bool
+) -> None:
     """Evaluate and write it down, once anything has been seen.
 
     Before the first step every split is asked: forward transfer needs that.
@@ -204,6 +208,8 @@ def _evaluate(stream: Stream, strategy: Strategy, journal: Journal, *, step: int
         return
     samples = (step + 1) * stream.batch_size
     found = evaluate_all(strategy, holdout, step if step >= 0 else len(stream), full)
+    for values in found.values():
+        values[list(progress.lost)] = np.nan
     measured = measure.of(stream.task)
     rest = {"measure": measured.name, "accuracy": found.pop(measured.matrix), **found}
     journal.write("evaluation", samples, task_end=full, seen=stream.seen(step), **rest)
@@ -220,12 +226,21 @@ def class_counts(rows: Mapping[str, Tensor], classes: int) -> NDArray[np.int64]:
 
 
 def _flush(
-    meter: Meter, stream: Stream, step: int, progress: Progress, journal: Journal, clock: Clock, place: Place
+    meter: Meter,
+    stream: Stream,
+    step: int,
+    progress: Progress,
+    journal: Journal,
+    clock: Clock,
+    place: Place,
+    note: Callable[[str], None],
 ) -> None:
     """Read the logs, check them, add to the running totals, write one line."""
     steps = len({number for number, _, _ in meter.pending})
     columns = meter.drain()
-    _raise_if_diverged(columns, place)
+    _find_lost(columns, progress, place, note)
+    for column in columns.values():
+        column.values[:, list(progress.lost)] = np.nan
     seconds = clock.read()
     progress.train_seconds += seconds
     progress.timed_steps += steps
@@ -258,13 +273,24 @@ def _add_to(sums: dict[str, list[float]], name: str, values: Floats) -> None:
     sums[name] = [float(total) for total in np.add(before, values.sum(0))]
 
 
-def _raise_if_diverged(columns: Mapping[str, Column], place: Place) -> None:
-    bad = [int(c.steps[~np.isfinite(c.values).all(1)][0]) for c in columns.values() if not np.isfinite(c.values).all()]
-    if not bad:
-        return
-    first = min(bad)
-    parts = {key: c.values[c.steps == first] for key, c in columns.items() if not key.startswith(TEST)}
-    shown = ", ".join(f"{key} = {', '.join(f'{v:.4g}' for v in rows[0])}" for key, rows in parts.items() if len(rows))
-    kept = checkpoint.listed(place.folder)
-    last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-    raise Diverged(f"not finite at step {first}: {shown}; {last}. Try a smaller --set strategy.lr=...")
+def _find_lost(columns: Mapping[str, Column], progress: Progress, place: Place, note: Callable[[str], None]) -> None:
+    """Note which runs have a log that is not finite.    Raises: Diverged when no run is left."""
+    logs = {key: column for key, column in columns.items() if not key.startswith(TEST)}
+    runs = max((column.values.shape[1] for column in columns.values()), default=0)
+    for run in range(runs):
+        bad = [int(c.steps[~np.isfinite(c.values[:, run])][0]) for c in columns.values() if _breaks(c, run)]
+        if run in progress.lost or not bad:
+            continue
+        first = min(bad)
+        parts = {key: c.values[c.steps == first, run] for key, c in logs.items()}
+        shown = ", ".join(f"{key} = {values[0]:.4g}" for key, values in parts.items() if len(values))
+        kept = checkpoint.listed(place.folder)
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        progress.lost[run] = f"not finite at step {first}: {shown}; {last}. Try a smaller --set strategy.lr=..."
+        if len(progress.lost) == runs:
+            raise Diverged(progress.lost[run])
+        note(f"run {run + 1} of {runs} is lost, the others go on: {progress.lost[run]}")
+
+
+def _breaks(column: Column, run: int) -> bool:
+    return not np.isfinite(column.values[:, run]).all()

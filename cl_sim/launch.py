@@ -203,12 +203,10 @@ def _report_problems(run_dir: Path, console: Console) -> None:
     for seeds, folder in zip(record["groups"], store.group_folders(run_dir), strict=True):
         standing, reason = store.ending(folder)
         if standing == "failed":
-            console.print(
-                f"Error: {record['strategy']} {seeds_in_words(seeds)}: {reason}",
-                style="red",
-                soft_wrap=True,
-                markup=False,
-            )
+            text = f"Error: {record['strategy']} {seeds_in_words(seeds)}: {reason}"
+            console.print(text, style="red", soft_wrap=True, markup=False)
+        if standing == "finished" and reason:
+            console.print(f"Lost: {record['strategy']} {reason}", style="yellow", soft_wrap=True, markup=False)
 
 
 def inline(run_dir: Path, note: Callable[[str], None] = print) -> dict[str, Any]:

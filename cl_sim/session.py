@@ -138,7 +138,7 @@ def _journaled(
         journal.end("interrupted", "stopped on request")
         return "interrupted"
     journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
-    journal.end("finished", "")
+    journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"
 
 
@@ -157,8 +157,10 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     """One value per run of every summary metric, from the journal and the strategy."""
     runs = strategy.env.runs
     lines = [line for line in read(folder / "journal.jsonl")[0] if line["kind"] == "evaluation"]
-    summaries = [transfer.summary(transfer.record(lines, run)) for run in range(runs)] if lines else [{}] * runs
-    values = {key: [summary.get(key, float("nan")) for summary in summaries] for key in summaries[0]}
+    whole = [run for run in range(runs) if lines and run not in progress.lost]
+    summaries = {run: transfer.summary(transfer.record(lines, run)) for run in whole}
+    keys = next(iter(summaries.values()), {})
+    values = {key: [summaries.get(run, {}).get(key, float("nan")) for run in range(runs)] for key in keys}
     measured = measure.of(stream.task)
     values = {key.replace("acc_", f"{measured.name}_", 1): value for key, value in values.items()}
     values |= {f"{name}_prequential": list(value) for name, value in progress.means().items()}

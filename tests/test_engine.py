@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cl_sim import checkpoint, engine, testing
+from cl_sim import checkpoint, engine, session, testing
 from cl_sim.engine import Place, Plan
 from cl_sim.errors import BadCheckpoint, Diverged
 from cl_sim.tracking.journal import Journal, read
@@ -136,6 +136,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_parts_and_checkpoint(
     for word in ("step 11", "loss = inf", "other = ", "checkpoint-000000009.pt", "--set strategy.lr"):
         assert word in str(caught.value)
     assert [path.name for path in checkpoint.listed(tmp_path / "run")] == ["checkpoint-000000009.pt"]
+
+
+class OneDiverges(ER):
+    """The second run's weights become infinite at its 13th step."""
+
+    def observe(self, new: Batch) -> Logs:
+        if self.memory.seen[0] == 120:
+            with torch.no_grad():
+                for parameter in self.net.parameters():
+                    parameter[1] = torch.inf
+        return super().observe(new)
+
+
+def test_a_run_that_diverges_does_not_take_the_others_down(tmp_path: Path) -> None:
+    whole, made = testing.toy("er", (0, 1, 2)), testing.toy("er", (0, 1, 2))
+    engine.run(whole.stream, whole.strategy, *start(tmp_path / "whole", whole))
+    made.strategy.env.lifted, made.strategy.rng.counter[:] = 0, 0
+    bad, notes = OneDiverges(ERConfig(), made.strategy.env), list[str]()
+    stops = iter([False] * 25 + [True])
+    engine.run(made.stream, bad, *start(tmp_path / "run", made), stop=lambda: next(stops), note=notes.append)
+    progress = engine.run(made.stream, bad, *start(tmp_path / "run", made), note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("run 2 of 3 is lost, the others go on: not finite at step 12: loss = ")
+    for one, two in zip(whole.strategy.net.parameters(), bad.net.parameters(), strict=True):
+        assert torch.equal(one[[0, 2]], two[[0, 2]])
+    summaries = session.summarise(tmp_path / "run", bad, made.stream, progress)
+    expected = session.summarise(tmp_path / "whole", whole.strategy, whole.stream, progress)
+    for key in ("acc_end", "acc_aaa", "acc_prequential"):
+        assert np.isnan(summaries[key][1])
+        assert not np.isnan([summaries[key][0], summaries[key][2]]).any()
+    assert [summaries["acc_end"][run] for run in (0, 2)] == [expected["acc_end"][run] for run in (0, 2)]
+    last = lines_of(tmp_path / "run", "evaluation")[-1]["accuracy"]
+    assert last[1] == [None, None]
+    assert None not in last[0] + last[2]
 
 
 def test_only_two_checkpoints_are_kept_and_no_draft_remains(tmp_path: Path) -> None:
