@@ -136,12 +136,21 @@ def list_command(kind: str, store: Path) -> None:
 
 
 @main.command(
-    epilog=example("cl-sim describe split-digits", "cl-sim describe er", "cl-sim describe split-cifar10 --png days.png")
+    epilog=example(
+        "cl-sim describe split-digits",
+        "cl-sim describe er",
+        "cl-sim describe split-cifar10 --png days.png",
+        "cl-sim describe sprites --png clip.png",
+    )
 )
 @click.argument("name")
 @set_option
 @click.option("--seed", default=0, show_default=True, help="Whose order to show.")
-@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the class timeline into this file.")
+@click.option(
+    "--png",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the class timeline, or of a stream of clips the first clip, into this file; .gif makes it move.",
+)
 @data_option
 @store_option
 def describe(name: str, sets: tuple[str, ...], seed: int, png: Path | None, data: str, store: Path) -> None:

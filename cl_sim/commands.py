@@ -21,7 +21,7 @@ from cl_sim import config, encoders, preset, registry, session, store
 from cl_sim.cli import usual_uri
 from cl_sim.config import RunConfig
 from cl_sim.errors import BadConfig, ClSimError
-from cl_sim.stream import Stream
+from cl_sim.stream import Clips, Stream
 
 EXIT = {"finished": 0, "interrupted": 130, "failed": 1, "started": 1, "new": 1}
 MANY_CORES = 64  # processes started by default, at most
@@ -314,9 +314,14 @@ def _describe_stream(name: str, sets: Sequence[str], seed: int, png: Path | None
     counts = timeline.of(stream)
     out.print(timeline.draw(counts), markup=False, soft_wrap=True)
     if png is not None:
-        from cl_sim.tracking import plots
+        if isinstance(stream, Clips):
+            from cl_sim.tracking import strips
 
-        plots.timeline_figure(counts.edges, counts.counts, counts.ends, png)
+            strips.draw(stream.batch(0), png)
+        else:
+            from cl_sim.tracking import plots
+
+            plots.timeline_figure(counts.edges, counts.counts, counts.ends, png)
         out.print(f"wrote {png}")
 
 

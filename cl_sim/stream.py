@@ -63,8 +63,8 @@ class Stream(Protocol):
 
 
 @runtime_checkable
-class Clips(Protocol):
-    """What streams of clips have besides."""
+class Clips(Stream, Protocol):
+    """A stream of clips: batches of frames with their instances."""
 
     def clip_labels(self) -> NDArray[np.int64]:
         """The classes of the instances of the first run's clips, in order; -1 is none.    Shapes: -> [N, G]."""

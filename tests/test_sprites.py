@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import references_video as slow
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from cl_sim import boxes, sprites, timeline
+from cl_sim.cli import main
 from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng
 from cl_sim.testing import NoHostReads
+from cl_sim.tracking import strips
 from streams.sprites import Sprites, SpritesConfig
 
 CPU = torch.device("cpu")
@@ -355,3 +360,31 @@ def test_the_timeline_counts_instances_by_class() -> None:
     counts = timeline.of(stream).counts
     assert counts.sum() == 20 * 3
     assert counts[:2, :2].sum() == counts[:2].sum() == 12  # the first experience: 4 clips of classes 0 and 1
+
+
+def test_an_instance_is_painted_in_its_colour_and_others_are_left_alone() -> None:
+    frame = np.full((1, 5, 6), 100, np.uint8)
+    masks = np.zeros((2, 5, 6), bool)
+    masks[0, 1:4, 1:4] = True
+    masks[1] = True
+    picture = strips.painted(frame, masks, [3, -1])
+    assert picture[1, 1].tolist() == list(strips.colour(3))
+    within = [round(100 + strips.SHARE * (hue - 100)) for hue in strips.colour(3)]
+    assert np.abs(picture[2, 2].astype(int) - within).max() <= 1
+    picture[1:4, 1:4] = 100
+    assert (picture == 100).all()
+    assert len({strips.colour(number) for number in range(50)}) == 50
+
+
+@pytest.mark.parametrize("name", ["clip.png", "clip.gif"])
+def test_describe_draws_the_first_clip(name: str, tmp_path: Path) -> None:
+    words = [f"stream.{key}={value}" for key, value in SMALL.items()]
+    sets = [part for word in words for part in ("--set", word)]
+    result = CliRunner().invoke(main, ["describe", "sprites", *sets, "--png", str(tmp_path / name)])
+    assert result.exit_code == 0, result.output
+    assert "12 samples" in result.output
+    with Image.open(tmp_path / name) as drawn:
+        if name.endswith("png"):
+            assert drawn.size == (4 * 80 + 3 * 2, 160)  # four frames side by side, in pairs, twice their size
+        else:
+            assert (drawn.size, getattr(drawn, "n_frames", 1)) == ((80, 160), 4)
