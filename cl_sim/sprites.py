@@ -208,13 +208,15 @@ def compose(sprites: Sheet, which: Tensor, pose: Pose, tint: Tensor, scene: Tens
 
     Shapes: which [N, G], tint [N, G, C], scene [N, T, C, H, W].    Units: scene and tint 1 for full brightness.
     """
-    n, _, channels, height, width = scene.shape
+    n, _, _, height, width = scene.shape
     instances, side = which.shape[1], sprites.masks.shape[-1]
-    u, v = _seen_from(pose, height, width, side, wave)  # [N, T, G, H, W] each
-    inside = (u >= 0) & (u < side) & (v >= 0) & (v < side)
-    at = v.clamp(0, side - 1) * side + u.clamp(0, side - 1)
-    base = which * side * side
-    outline = inside & sprites.masks.flatten()[base[:, None, :, None, None] + at] & ~pose.hidden[..., None, None]
+    cell = (side + 2) ** 2  # a sprite with an empty border, on which everything falls that is outside
+    outlines = F.pad(sprites.masks[which], (1, 1, 1, 1)).flatten()  # [N * G * cell]
+    pixels = F.pad(sprites.pixels[which], (1, 1, 1, 1)).movedim(2, 0).flatten(1)  # [C, N * G * cell]
+    u, v = (place.clamp_(-1, side).floor_() for place in _seen_from(pose, height, width, side, wave))
+    at = v.mul_(side + 2).add_(u).add_(side + 3).long()  # [N, T, G, H, W], in [0, cell)
+    at += torch.arange(n * instances, device=which.device).view(n, 1, instances, 1, 1) * cell
+    outline = outlines[at] & ~pose.hidden[..., None, None]
     number = torch.arange(instances, dtype=torch.int32, device=which.device)
     code = (pose.depth.int() * instances + number)[:, None, :, None, None]  # orders by depth, and tells who
     code = torch.where(outline, code, instances**2)
@@ -222,11 +224,8 @@ def compose(sprites: Sheet, which: Tensor, pose: Pose, tint: Tensor, scene: Tens
     masks = outline & (code == nearest[:, :, None])
     owner = (nearest % instances).long()  # anyone where nobody is
     run = torch.arange(n, device=which.device)[:, None, None, None]
-    place = at.gather(2, owner[:, :, None])[:, :, 0]
-    sprite = which[run, owner]
-    channel = torch.arange(channels, device=which.device)[:, None, None]
-    flat = (sprite[:, :, None] * channels + channel) * side * side + place[:, :, None]  # [N, T, C, H, W]
-    colour = sprites.pixels.flatten()[flat].to(scene.dtype) / 255 * tint[run, owner].movedim(-1, 2)
+    place = at.gather(2, owner[:, :, None])[:, :, 0]  # [N, T, H, W]
+    colour = pixels[:, place].movedim(0, 2).to(scene.dtype) / 255 * tint[run, owner].movedim(-1, 2)  # [N, T, C, H, W]
     painted = torch.where((nearest < instances**2)[:, :, None], colour, scene)
     full = sprites.masks.flatten(1).sum(1)[which][:, None] * pose.scale**2
     visible = masks.sum((-2, -1)) / full.clamp(min=1)
@@ -234,18 +233,18 @@ def compose(sprites: Sheet, which: Tensor, pose: Pose, tint: Tensor, scene: Tens
 
 
 def _seen_from(pose: Pose, height: int, width: int, side: int, wave: float) -> tuple[Tensor, Tensor]:
-    """The sprite's column and row under every pixel of the canvas.    Shapes: -> [N, T, G, H, W] int64, both."""
+    """The place on the sprite, from its upper left corner, of every pixel of the canvas.    Shapes: -> [N, T, G, H, W], both."""
     cosine, sine = pose.angle.cos() / pose.scale, pose.angle.sin() / pose.scale
     x = torch.arange(width, device=pose.x.device) + 0.5 - pose.x[..., None]  # [N, T, G, W]
     y = torch.arange(height, device=pose.x.device) + 0.5 - pose.y[..., None]  # [N, T, G, H]
     turned_y = (cosine[..., None] * y)[..., None] - (sine[..., None] * x)[..., None, :]
     turned_x = (sine[..., None] * y)[..., None] + (cosine[..., None] * x)[..., None, :]
-    turned_x = turned_x - pose.shear[..., None, None] * turned_y
+    turned_x.sub_(pose.shear[..., None, None] * turned_y)
     if wave:
         phase = pose.phase[..., None, None]
         turned_x = turned_x + wave * (2 * math.pi / side * turned_y + phase).sin()
         turned_y = turned_y + wave * (2 * math.pi / side * turned_x + 2 * phase).sin()
-    return (turned_x + side / 2).floor().long(), (turned_y + side / 2).floor().long()
+    return turned_x.add_(side / 2), turned_y.add_(side / 2)
 
 
 def is_present(drawn: Drawn) -> Tensor:
