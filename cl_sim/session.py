@@ -65,6 +65,7 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
         encoder=lambda: encoders.make(
             config.encoder.name, config.encoder.config, stream.fields, stream.classes, config.precision
         ),
+        rebuild=getattr(stream, "rebuild", None),
     )
     strategy: Strategy = cls(config.strategy.config, env)
     return strategy

@@ -64,7 +64,10 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Clips(Stream, Protocol):
-    """A stream of clips: batches of frames with their instances."""
+    """A stream of clips: batches of frames with their instances.
+
+    One that can make its clips again has a method `rebuild(numbers [R, B])`, which strategies get as `env.rebuild`.
+    """
 
     def clip_labels(self) -> NDArray[np.int64]:
         """The classes of the instances of the first run's clips, in order; -1 is none.    Shapes: -> [N, G]."""

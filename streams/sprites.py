@@ -95,7 +95,7 @@ class Sprites:
     """Clips in order, each once.
 
     Shapes: frames [R, B, T, C, H, W]; boxes [R, B, T, Q, 4]; masks [R, B, T, Q, H, W]; instance, label, present and score
-    [R, B, T, Q]; clip [R, B] is the clip's number, which `clips` takes. With errors in the test clips their true instances
+    [R, B, T, Q]; clip [R, B] is the clip's number, which `rebuild` takes. With errors in the test clips their true instances
     come too, as true_boxes, true_masks and true_instance with G rows.
     """
 
@@ -159,9 +159,9 @@ class Sprites:
 
     def batch(self, step: int) -> Batch:
         """The clips of one step."""
-        return self.clips(self.numbers[:, step * self.batch_size : (step + 1) * self.batch_size])
+        return self.rebuild(self.numbers[:, step * self.batch_size : (step + 1) * self.batch_size])
 
-    def clips(self, numbers: Tensor) -> Batch:
+    def rebuild(self, numbers: Tensor) -> Batch:
         """Training clips by their numbers.    Shapes: numbers [R, B] -> each [R, B, ...]."""
         return self._make(self.train, numbers)
 

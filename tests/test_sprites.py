@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from cl_sim import boxes, sprites, timeline
+from cl_sim import boxes, session, sprites, timeline
 from cl_sim.cli import main
+from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng
 from cl_sim.testing import NoHostReads
@@ -121,17 +122,30 @@ def test_a_batch_depends_on_seed_and_step_alone(split: Any, errors: float) -> No
         for key, field in stacked.fields.items():
             assert torch.equal(one[key][0], two[key][1]), key
             assert (one[key].shape[2:], one[key].dtype) == (field.shape, field.dtype)
-        assert torch.equal(alone.clips(one["clip"])["frames"], one["frames"])  # made again from its number
+        assert torch.equal(alone.rebuild(one["clip"])["frames"], one["frames"])  # made again from its number
     assert not torch.equal(stacked.batch(0)["frames"][0], stacked.batch(0)["frames"][1])
 
 
 def test_a_clip_is_the_same_beside_other_clips() -> None:
     stream = make()
-    four = stream.clips(torch.tensor([[7, 3, 9, 0]]))
+    four = stream.rebuild(torch.tensor([[7, 3, 9, 0]]))
     for place, number in enumerate((7, 3, 9, 0)):
-        one = stream.clips(torch.tensor([[number]]))
+        one = stream.rebuild(torch.tensor([[number]]))
         for key, value in one.items():
             assert torch.equal(value[:, 0], four[key][:, place]), key
+
+
+def test_a_strategy_remembers_clips_by_their_numbers_alone() -> None:
+    settings = {"strategy": {"name": "ctvis", "capacity": 6, "replay": 2}, "stream": {"name": "sprites", **SMALL}}
+    config = from_dict({**settings, "encoder": {"name": "crop"}, "seeds": [0, 1], "stack": 2})
+    stream = session.build_stream(config, config.seeds)
+    strategy = session.build_strategy(config, stream, config.seeds)
+    for step in range(3):
+        strategy.observe(stream.batch(step))
+    assert strategy.memory.bytes_per_row == 8
+    numbers = strategy.memory.rows()["clip"][:, :4]
+    again = strategy.env.rebuild(numbers)
+    assert torch.equal(again["frames"], torch.cat([stream.batch(step)["frames"] for step in range(2)], 1))
 
 
 def test_making_a_batch_reads_nothing_on_the_host() -> None:
