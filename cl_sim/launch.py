@@ -177,6 +177,7 @@ def _show(job: Job, bars: Progress) -> None:
     keys = {
         "acc_seen": "accuracy {:.1%}",
         "hr10_seen": "HR@10 {:.1%}",
+        "assa_seen": "AssA {:.1%}",
         "loss": "loss {:.2f}",
         "samples_per_second": "{:.0f}/s",
     }

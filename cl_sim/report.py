@@ -28,6 +28,15 @@ USUAL = (
     "ndcg10_prequential",
     "hr10_second_half",
     "hr10_end",
+    "assa_end",
+    "idf1_end",
+    "idsw_per_100_end",
+    "association_end",
+    "reid_end",
+    "reid_1_3_end",
+    "reid_4_8_end",
+    "reid_9_20_end",
+    "recovery_end",
     "samples_per_second",
     "memory_bytes",
     "bytes_per_row",
@@ -39,10 +48,16 @@ TERMINAL = (
     "acc_prequential",
     "hr10_prequential",
     "ndcg10_prequential",
+    "assa_end",
+    "idf1_end",
+    "idsw_per_100_end",
     "samples_per_second",
 )  # fit into 80 columns
-SHARES = ("acc", "forgetting", "bwt", "fwt", "hr10", "ndcg10")  # metrics in [-1, 1], shown in percent
-LOWER_IS_BETTER = ("forgetting", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
+SHARES = (  # metrics in [-1, 1], shown in percent
+    *("acc", "forgetting", "bwt", "fwt", "hr10", "ndcg10"),
+    *("assa", "association", "class_acc", "deta", "hota", "idf1", "recovery", "reid", "video_ap"),
+)
+LOWER_IS_BETTER = ("forgetting", "idsw", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 COSTS = ("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 UNRANKED = (*COSTS, "acc_last_task")  # never in bold: no method is better for it alone
 
@@ -396,7 +411,9 @@ def put_between(text: str, begin: str, end: str, middle: str) -> str:
 
 
 def _ranked(group: Sequence[Result]) -> list[Result]:
-    return sorted(group, key=lambda r: (interval(r["metrics"].get("acc_end", [])).mean, r["strategy"]))
+    """By accuracy, or by what stands in its place."""
+    main = next((name for name in ("acc_end", "assa_end") if any(name in r["metrics"] for r in group)), "acc_end")
+    return sorted(group, key=lambda r: (interval(r["metrics"].get(main, [])).mean, r["strategy"]))
 
 
 def _with_paper(results: Sequence[Result], metrics: Sequence[str]) -> list[list[str]]:

@@ -25,6 +25,7 @@ from cl_sim.metrics import transfer
 from cl_sim.rng import Rng
 from cl_sim.strategy import Env, Strategy
 from cl_sim.stream import Stream
+from cl_sim.tracking import film
 from cl_sim.tracking.journal import Journal, read
 
 
@@ -138,6 +139,8 @@ def _journaled(
     if progress is None:
         journal.end("interrupted", "stopped on request")
         return "interrupted"
+    if stream.task == "associate":
+        film.keep(strategy, stream, place.folder / film.FILE)
     journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
     journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"

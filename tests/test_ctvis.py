@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from cl_sim.optim import AdamW
 from cl_sim.testing import NoHostReads, toy
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
 from cl_sim.tracker import TrackerConfig
+from cl_sim.tracking import film
 from cl_sim.types import Batch, Field
 from strategies.ctvis import CTVIS, CTVISConfig, clip_items
 
@@ -419,3 +421,34 @@ def test_toy_clips_are_the_same_whenever_they_are_asked_for(seed: int, kind: str
     assert torch.equal(one.batch(1)[kind], two.batch(1)[kind])
     assert not torch.equal(one.batch(1)["frames"], one.batch(0)["frames"])
     assert np.array_equal(one.seen(0), [[True, False]])
+
+
+# pictures
+
+
+def test_a_tracked_clip_is_kept_and_drawn(tmp_path: Path) -> None:
+    made = toy("ctvis", (0, 1), {"strategy": {"w_class": 0.1}})
+    film.keep(made.strategy, made.stream, tmp_path / film.FILE)
+    with np.load(tmp_path / film.FILE) as kept:
+        assert kept["emb"].shape == (5, 5, 16)
+        assert kept["track"].shape == kept["instance"].shape == (5, 5)
+        assert ((kept["track"] >= 0) == (kept["instance"] >= 0)).all()
+    drawn = film.draw(tmp_path / film.FILE, tmp_path)
+    assert [path.name for path in drawn] == ["clip.gif", "filmstrip.png", "similarity.png"]
+    from PIL import Image
+
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.size == (56, 56)
+    with Image.open(tmp_path / "filmstrip.png") as strip:
+        assert strip.size == (5 * 56 + 4 * film.ZOOM, 56)
+
+
+def test_boxes_have_the_colour_of_their_track_and_only_there() -> None:
+    frame, boxes = np.zeros((1, 10, 10), np.uint8), np.array([[2, 3, 7, 9], [0, 0, 2, 2]], np.float32)
+    picture = film.framed(frame, boxes, np.array([4, -1]))
+    assert tuple(picture[6, 4]) == film.colour(4)
+    assert tuple(picture[17, 13]) == film.colour(4)
+    assert not picture[8:16, 6:12].any()
+    assert not picture[:4, :4].any()
+    assert len({film.colour(k) for k in range(50)}) == 50

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from cl_sim import store
 from cl_sim.metrics import transfer
 from cl_sim.report import interval
+from cl_sim.tracking import film as film_
 from cl_sim.tracking import journal
 
 Floats = NDArray[np.float64]
 LABELLED = 12  # cells per side that still get their number written in
 FEW = 20  # classes that still get a colour and a legend entry of their own
 WIDTH, HEIGHT = 6.4, 4.0  # inches
+WORDS = {"acc": "accuracy", "hr10": "HR@10", "assa": "AssA"}  # for what the matrix of evaluations holds
 
 
 def draw_run(run_dir: Path) -> list[Path]:
@@ -45,6 +47,8 @@ def draw_run(run_dir: Path) -> list[Path]:
     if counts is not None:
         title = f"{record['strategy']} on {record['stream']}: memory of seed {record['seeds'][0]}"
         made.append(memory_figure(*counts, folder / "memory.png", title))
+    for film in [group / film_.FILE for group in store.group_folders(run_dir)][:1]:
+        made += film_.draw(film, folder) if film.exists() else []
     return made
 
 
@@ -63,7 +67,7 @@ def _measured(run_dir: Path) -> str:
     kinds = {
         line.get("measure", "acc") for lines in _journals(run_dir) for line in lines if line["kind"] == "evaluation"
     }
-    return "HR@10" if kinds == {"hr10"} else "accuracy"
+    return WORDS[kinds.pop()] if len(kinds) == 1 else "accuracy"
 
 
 def _memory(run_dir: Path) -> tuple[NDArray[np.int64], Floats] | None:
