@@ -13,8 +13,9 @@ from hypothesis.strategies import integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import encoders, testing
+from cl_sim import encoders, session, testing
 from cl_sim.clips import Roll, backgrounds, roll, visible
+from cl_sim.config import from_dict
 from cl_sim.encoders.instances import (
     CropConfig,
     Given,
@@ -29,7 +30,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.losses import bank_contrast
 from cl_sim.metrics.clips import Association
 from cl_sim.optim import AdamW
-from cl_sim.testing import NoHostReads, toy
+from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
 from cl_sim.tracker import TrackerConfig
 from cl_sim.tracking import film
@@ -278,8 +279,43 @@ def test_recalled_clips_are_learned_and_rebuilt_where_that_is_possible() -> None
         strategy.observe(batch)
     assert strategy.memory is not None
     assert strategy.memory.bytes_per_row == 8
+    assert sprites().strategy.memory.bytes_per_row == 8
     for one, two in zip(whole.strategy.net.parameters(), strategy.net.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def sprites(**settings_: int | float | str) -> Toy:
+    """CTVIS on the sprite stream, the smallest there is."""
+    small = {
+        "name": "sprites",
+        "clips": 8,
+        "frames": 4,
+        "instances": 3,
+        "canvas": 40,
+        "test_clips": 2,
+        "test_frames": 6,
+    }
+    plan = {
+        "strategy": {"name": "ctvis", "capacity": 4, "replay": 2, **settings_},
+        "stream": {**small, "batch": 2},
+        "encoder": {"name": "crop", "size": 8, "channels": [8], "hidden": [8], "width": 8},
+        "seeds": [0, 1],
+    }
+    config = from_dict(plan)
+    stream = session.build_stream(config, config.seeds)
+    return Toy(stream, session.build_strategy(config, stream, config.seeds))
+
+
+@pytest.mark.parametrize("items", ["bank", "pairs"])
+def test_sprites_are_learned_recalled_and_measured(items: str) -> None:
+    made = sprites(items=items, w_class=0.5)
+    testing.train(made, 0, len(made.stream))
+    holdout = made.stream.holdout()
+    assert holdout is not None
+    found = evaluate_all(made.strategy, holdout, len(made.stream), full=True)
+    assert (found["deta"] == 1).all()
+    assert ((found["assa"] > 0) & (found["assa"] <= 1)).all()
+    assert found["class_accuracy"].shape == (2, 1)
 
 
 def test_settings_without_effect_are_refused() -> None:
