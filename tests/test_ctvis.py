@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.strategies import integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import encoders, session, testing
+from cl_sim import annotations, encoders, session, testing
 from cl_sim.clips import Roll, backgrounds, roll, visible
 from cl_sim.config import from_dict
 from cl_sim.encoders.instances import (
@@ -28,8 +29,10 @@ from cl_sim.encoders.instances import (
 from cl_sim.engine import evaluate_all
 from cl_sim.errors import BadConfig
 from cl_sim.losses import bank_contrast
-from cl_sim.metrics.clips import Association
+from cl_sim.metrics.association import video_ap
+from cl_sim.metrics.clips import Association, Tracked, claims
 from cl_sim.optim import AdamW
+from cl_sim.sources import data_folders
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
 from cl_sim.tracker import TrackerConfig
@@ -140,6 +143,8 @@ def test_encoders_and_samples_must_fit() -> None:
         encoders.make("mlp", None, FIELDS, 10)
     with pytest.raises(BadConfig, match=r"no clips of instances; use --set encoder\.name=mlp"):
         encoders.make("crop", CropConfig(), {"x": Field((3, 8, 8), torch.uint8)}, 10)
+    with pytest.raises(BadConfig, match="computes in float32"):
+        encoders.make("crop", CropConfig(), FIELDS, 10, "bf16")
     with pytest.raises(BadConfig, match="multiple of 8"):
         CropConfig(channels=(4,))
     with pytest.raises(BadConfig, match="3 channels"):
@@ -488,3 +493,60 @@ def test_boxes_have_the_colour_of_their_track_and_only_there() -> None:
     assert not picture[8:16, 6:12].any()
     assert not picture[:4, :4].any()
     assert len({film.colour(k) for k in range(50)}) == 50
+
+
+DAVIS = next(
+    (p for p in [*data_folders(""), Path(__file__).parents[2] / "shared" / "data"] if (p / "davis_vis").is_dir()), None
+)
+
+
+@pytest.mark.skipif(DAVIS is None, reason="the excerpt of DAVIS is not here")
+def test_the_excerpt_of_davis_is_tracked_scored_exported_and_read_back(tmp_path: Path) -> None:
+    plan = {
+        "strategy": {"name": "ctvis", "w_class": 1.0},
+        "stream": {"name": "video", "height": 60, "width": 107, "frames": 4, "per_video": 1},
+        "encoder": {"name": "crop", "size": 8, "channels": [8], "hidden": [8], "width": 8},
+        "data": str(DAVIS),
+    }
+    config = from_dict(plan)
+    stream: Any = session.build_stream(config, config.seeds)
+    strategy = session.build_strategy(config, stream, config.seeds)
+    testing.train(Toy(stream, strategy), 0, 3)
+    assert isinstance(strategy, CTVIS)
+    results, scored = [], []
+    truth = annotations.read(DAVIS / "davis_vis" / "instances_valid.json")
+    for number, video in enumerate(stream.test_videos):
+        batch = stream.test_batch(number)
+        with torch.no_grad():
+            output = strategy.predict(batch)
+        made = Tracked(output, batch, strategy.cfg, strategy.dim)
+        found = claims(
+            made.ids[0, 0].numpy(), batch["masks"][0, 0].numpy(), output[0, 0, ..., strategy.dim :].double().numpy()
+        )
+        for one in found:
+            masks = [
+                None if mask is None else stream.original(torch.from_numpy(mask), video)
+                for mask in one["segmentations"]
+            ]
+            results.append(annotations.Result(video.id, one["category_id"], one["score"], tuple(masks)))
+            scored.append(tube(results[-1]))
+    again = annotations.read_results(annotations.write_results(tmp_path / "results.zip", results, truth), truth)
+    assert len(again) == len(results) >= 17
+    right = [tube(one) for one in annotations.true_results(truth)]
+    assert video_ap(right, scored)["ap"] == pytest.approx(video_ap(right, [tube(one) for one in again])["ap"])
+    best = [{**one, "category_id": 0} for one in right], [{**tube(one), "category_id": 0} for one in again]
+    assert video_ap(*best)["ap50"] > 0.9  # given boxes, one instance each: only the small masks and the order cost
+
+
+def tube(one: annotations.Result) -> dict[str, Any]:
+    """A result as `video_ap` takes it."""
+    return {"video_id": one.video_id, "category_id": one.label, "score": one.score, "segmentations": one.masks}
+
+
+def test_the_same_seed_gives_the_same_clips_and_losses() -> None:
+    losses = []
+    for _ in range(2):
+        made = sprites(noise_prob=0.3)
+        losses.append([made.strategy.observe(made.stream.batch(step))["loss"] for step in range(3)])
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    assert not torch.equal(losses[0][2][0], losses[0][2][1]), "another seed gives others"

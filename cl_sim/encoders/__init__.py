@@ -57,6 +57,8 @@ def make(name: str, cfg: Any, fields: Fields, classes: int, precision: str = "fl
     if clips != (name in INSTANCES):
         kind, fit = ("clips of instances", "crop") if clips else ("no clips of instances", "mlp")
         raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
+    if precision != "float32" and (clips or name == "sasrec"):
+        raise BadConfig(f"precision is '{precision}', but encoder '{name}' computes in float32; leave --precision out")
     if clips:
         embedder: nn.Module = _module(ENCODERS[name]).build(name, cfg, fields)
         return embedder
@@ -65,8 +67,6 @@ def make(name: str, cfg: Any, fields: Fields, classes: int, precision: str = "fl
         raise BadConfig(f"encoder is '{name}', but the samples are {kind}; use --set encoder.name={fit}")
     if name != "sasrec":
         return build(name, cfg, fields["x"], precision)
-    if precision != "float32":
-        raise BadConfig(f"precision is '{precision}', but encoder 'sasrec' computes in float32; leave --precision out")
     sequence: nn.Module = _module(ENCODERS[name]).build(cfg, classes - 1, fields["items"].shape[0])
     return sequence
 

@@ -188,29 +188,40 @@ def _summary(clips: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _classes(made: Tracked, scores: Tensor, batch: Batch, run: int, clip: int) -> dict[str, Any]:
-    """True and claimed tubes of one clip, and how many true observations lie on a track of their class.
+def claims(ids: NDArray[np.int64], masks: NDArray[np.bool_], logits: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """The tracks of one clip as tubes for `video_ap`: class and score from the mean of the class scores over their frames.
 
-    A track's class scores are the mean over its frames.    Shapes: scores [T, Q, C].
+    Shapes: ids [T, Q], masks [T, Q, H, W], logits [T, Q, C].
     """
-    ids, masks, label = (x[run, clip].cpu().numpy() for x in (made.ids, batch["masks"], batch["label"]))
-    shown = (batch["present"] & (batch["instance"] >= 0))[run, clip].cpu().numpy()
-    whose = np.where(shown, batch["instance"][run, clip].cpu().numpy(), -1)
-    logits = scores.cpu().double().numpy()
-    claims, right, every = [], 0, 0
+    made = []
     for track in np.unique(ids[ids >= 0]):
         on = ids == track
         mean = logits[on].mean(0)
         share = np.exp(mean - mean.max()) / np.exp(mean - mean.max()).sum()
-        answer = int(share.argmax())
-        right += int((label[on & shown] == answer).sum())
-        every += int((on & shown).sum())
-        claims.append({"category_id": answer, "segmentations": _tube(masks, on), "score": float(share.max())})
+        tube = {"category_id": int(share.argmax()), "segmentations": _tube(masks, on), "score": float(share.max())}
+        made.append({"track": int(track), **tube})
+    return made
+
+
+def _classes(made: Tracked, scores: Tensor, batch: Batch, run: int, clip: int) -> dict[str, Any]:
+    """True and claimed tubes of one clip, and how many true observations lie on a track of their class.
+
+    Shapes: scores [T, Q, C].
+    """
+    ids, masks, label = (x[run, clip].cpu().numpy() for x in (made.ids, batch["masks"], batch["label"]))
+    whose = batch["instance"][run, clip].masked_fill(~batch["present"][run, clip], -1).cpu().numpy()
+    found = claims(ids, masks, scores.cpu().double().numpy())
+    answers = {tube["track"]: tube["category_id"] for tube in found}
+    on = (ids >= 0) & (whose >= 0)
+    right = sum(int(answers[track] == own) for track, own in zip(ids[on], label[on], strict=True))
+    names = {one: int(label[whose == one][0]) for one in np.unique(whose[whose >= 0])}
+    if "true_instance" in batch:
+        whose, masks = (batch[f"true_{key}"][run, clip].cpu().numpy() for key in ("instance", "masks"))
     true = [
-        {"category_id": int(label[whose == one][0]), "segmentations": _tube(masks, whose == one)}
+        {"category_id": names.get(one, -1), "segmentations": _tube(masks, whose == one)}
         for one in np.unique(whose[whose >= 0])
     ]
-    return {"tubes": (true, claims), "named": (right, every)}
+    return {"tubes": (true, found), "named": (right, int(on.sum()))}
 
 
 def _tube(masks: NDArray[np.bool_], on: NDArray[np.bool_]) -> list[NDArray[np.bool_] | None]:
