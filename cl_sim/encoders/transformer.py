@@ -84,7 +84,9 @@ class SASRec(nn.Module):
         size = items.shape[1]
         drop = Dropout(self.dropout if self.training else 0.0, noise)
         place = torch.arange(size, device=items.device)
-        x = drop(self.norm(self.table(items) + self.position(place)))
+        own = self.table(items)
+        own = torch.where((items == 0)[..., None], own.detach(), own)  # under vmap, padding_idx alone does not stop it
+        x = drop(self.norm(own + self.position(place)))
         seen = (place <= place[:, None]) & (items != 0)[:, None, :]  # [B, N query, N key]
         added = torch.where(seen, 0.0, HIDDEN).to(x.dtype)
         for layer in self.layers:
