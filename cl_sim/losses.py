@@ -18,6 +18,7 @@ from cl_sim.encoders.classifier import unit
 Contrast = Literal["proxy", "one", "all"]
 Similarity = Literal["dot", "cos"]
 Scope = Literal["row", "batch"]
+Pairs = Literal["all", "model"]
 SHORTEST = 1e-8  # a row that is shorter than this is divided by it instead of by its norm
 
 
@@ -220,6 +221,46 @@ def margin_regulariser(
     above = (positive - low).relu()
     below = (high[:, None] - scores).relu()
     return _mean_where(above, counted) + _mean_where(below, negative)
+
+
+def model_contrast(
+    h1: Tensor,
+    h2: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    *,
+    tau: float = 1.0,
+    similarity: Similarity = "dot",
+    weight: float = 0.1,
+    pairs: Pairs = "all",
+    scope: Scope = "row",
+) -> Tensor:
+    """Contrasts of each data view h with the other's model view w, and of both model views, with the margin regulariser.
+
+    The regulariser has the given weight and concerns the same three pairs, or with `pairs="model"` only w1 and w2.
+
+    Shapes: views [B, D], labels [B], valid [B] bool -> [].
+    Source: Qin et al. 2023, "Meta-optimized Contrastive Learning for Sequential Recommendation": L_cl2 and L_reg as released;
+    the paper regularises only w1 and w2, over the batch.
+    """
+    contrasted = ((h1, w2), (h2, w1), (w1, w2))
+    regularised = contrasted if pairs == "all" else contrasted[2:]
+    contrast = torch.stack([info_nce(x, y, tau, similarity, labels, valid) for x, y in contrasted]).sum()
+    margin = [margin_regulariser(x, y, tau, similarity, labels, scope, valid) for x, y in regularised]
+    return contrast + weight * torch.stack(margin).sum()
+
+
+def mean_cosine(w1: Tensor, w2: Tensor, valid: Tensor) -> Tensor:
+    """Mean inner product of different samples' unit rows, averaged over both views: near 1 where a view has collapsed.
+
+    0 for fewer than two valid samples.    Shapes: w1 and w2 [B, D] unit rows, valid [B] bool -> [].
+    """
+    count = valid.sum()
+    rows = torch.stack([w1, w2]).masked_fill(~valid[:, None], 0)  # [2, B, D]
+    among = rows.sum(1).square().sum(-1) - rows.square().sum((1, 2))
+    return (among / (count * (count - 1)).clamp(min=1)).mean()
 
 
 def _pairs(

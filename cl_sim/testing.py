@@ -38,11 +38,11 @@ HOST_READS = frozenset(
 TOLERANCE = 1e-3  # stacked against alone: float32 sums in another order, over some dozen steps
 
 
-CLASSES = {
+CLASSES: dict[str, dict[str, Any]] = {
     "stream": {"name": "synthetic", "classes": 4, "tasks": 2, "per_class": 100, "noise": 0.1, "order": "fixed"},
     "encoder": {"name": "mlp", "hidden": [32]},
 }
-ITEMS = {
+ITEMS: dict[str, dict[str, Any]] = {
     "stream": {"name": "sequences", "data": "made-up", "batch": 16, "segments": 2, "longest": 8},
     "encoder": {"name": "sasrec", "dim": 16, "layers": 1, "heads": 2, "inner": 16, "dropout": 0.1},
 }
@@ -68,12 +68,14 @@ def toy(name: str, seeds: Sequence[int], settings: Mapping[str, Any] | None = No
     """A registered strategy on a small made-up stream, with a small net; `settings` overrides any of that.
 
     That is 4 classes in 2 tasks, or for strategies that only rank, 80 users and 60 items in 2 segments; for those that
-    associate, 80 clips of 3 instances.
+    associate, 80 clips of 3 instances. A stream or an encoder of another name has only the settings that are given.
     """
     strategy = registry.load("strategy", name)
     if "associate" in strategy.tasks:
         return _toy_of_clips(name, tuple(seeds), settings or {})
-    parts = CLASSES if "classify" in strategy.tasks else ITEMS
+    usual: dict[str, dict[str, Any]] = CLASSES if "classify" in strategy.tasks else ITEMS
+    named = {part: (settings or {}).get(part, {}).get("name", own["name"]) for part, own in usual.items()}
+    parts = {part: own for part, own in usual.items() if own["name"] == named[part]}
     base = {
         "strategy": {"name": name},
         **parts,

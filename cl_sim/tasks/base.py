@@ -72,6 +72,10 @@ class Task(nn.Module):
         """Will every update from now on recall the same number of samples?"""
         return self.memory is None or self.memory.holds(self.cfg.replay)
 
+    def holds(self, n: int) -> bool:
+        """Does the memory hold so many samples, or as many as it ever will?"""
+        return self.memory is not None and self.memory.holds(n)
+
     def loss(self, batch: Batch) -> Tensor:
         """The task's mean loss on training views.    Shapes: -> [R]."""
         raise NotImplementedError
@@ -81,7 +85,10 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def features(self, batch: Batch, rng: Rng) -> Tensor:
-        """What the encoder answers, in training mode with dropout from `rng`.    Shapes: -> [R, B, D]."""
+        """What the encoder answers, in training mode with dropout from `rng`; its BatchNorm statistics stay.
+
+        Shapes: -> [R, B, D].
+        """
         raise NotImplementedError
 
     def views(self, batch: Batch, rng: Rng) -> tuple[Batch, Batch]:

@@ -55,7 +55,7 @@ class Classes(Task):
 
     def features(self, batch: Batch, rng: Rng) -> Tensor:
         """Of samples as they are."""
-        found: Tensor = self.net.part("encoder")(batch["x"])
+        found: Tensor = self.net.with_parameters({}, "encoder")(batch["x"])
         return found
 
     def views(self, batch: Batch, rng: Rng) -> tuple[Batch, Batch]:

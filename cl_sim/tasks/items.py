@@ -63,7 +63,7 @@ class Items(Task):
 
     def features(self, batch: Batch, rng: Rng) -> Tensor:
         """The vector h of each history."""
-        found: Tensor = self.net.part("encoder")(*self._inputs(batch, rng))
+        found: Tensor = self.net.with_parameters({}, "encoder")(*self._inputs(batch, rng))
         return found
 
     def _inputs(self, batch: Batch, rng: Rng) -> tuple[Tensor, ...]:
