@@ -169,6 +169,33 @@ class AdamW(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / root)
 
 
+class Teacher(nn.Module):
+    """A part of a net that follows it slowly: mine <- decay * mine + (1 - decay) * theirs, parameters only, no gradients.
+
+    It starts as a copy and is in training mode when its owner is: its BatchNorm normalises by the batch at hand and keeps
+    statistics of its own.    Source: the EMA teachers of self-supervised learning, as BECLR's.
+    """
+
+    def __init__(self, net: Lift, part: str) -> None:
+        super().__init__()
+        self.part = part
+        self.net = copy.deepcopy(net)
+        self.net.net = self.net.net.get_submodule(part)
+        self.net.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, net: Lift, decay: Tensor | float) -> None:
+        """Move towards the net, in place."""
+        theirs = net.net.get_submodule(self.part).parameters()
+        for mine, other in zip(self.net.parameters(), theirs, strict=True):
+            mine.copy_(decay * mine + (1 - decay) * other)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the teacher answers.    Shapes: each [R, ...] -> [R, ...]."""
+        return self.net(*inputs)
+
+
 def without_decay_of_norms(net: Lift, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters that learn as groups of an optimiser, so that those of norms do not decay."""
     norms = {

@@ -21,8 +21,13 @@ NARROW = {"strategy": {"replay": 32, "width": 16, "lr": 0.03}, **NO_CROPS}
 SMALL_MEMORY = {"strategy": {"capacity": 40}}  # full within the stream
 SEMI = {"strategy": {"capacity": 40, "labelled": 10, "unlabelled": 20, "saa": True, "answer": "net"}, "augment": []}
 CLIPS = {"strategy": {"lr": 0.003, "capacity": 6, "replay": 2, "w_class": 0.1, "noise_prob": 0.1}}
+CLUSTERS = {
+    "strategy": {"capacity": 80, "replay": 10, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05},
+    **NO_CROPS,
+}
 TOYS = {
     "aser": SMALL_MEMORY,
+    "beclr": CLUSTERS,
     "ctvis": CLIPS,
     "derpp": LARGE_STEPS,
     "dvc": NO_CROPS,

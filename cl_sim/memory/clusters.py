@@ -67,6 +67,38 @@ def nearest_in_cluster(
     return index, similarity
 
 
+def nearest_prototype(rows: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototype with the highest cosine to each row.    Shapes: rows [M, D], prototypes [P, D] -> [M]."""
+    return (rows @ F.normalize(prototypes, dim=-1).T).argmax(1)
+
+
+def first_clusters(rows: Tensor, valid: Tensor, start: Tensor, steps: int) -> Tensor:
+    """K-means on cosines from given prototypes: so many rounds of assignment and means, whatever happens in them.
+
+    Shapes: rows [M, D], valid [M] bool, start [P, D] -> [P, D].    Source: Lloyd 1982, "Least Squares Quantization in PCM".
+    Departures: BECLR's code restarts k-means++ ten times; a fixed number of rounds reads no result on the host (ours).
+    """
+    for _ in range(steps):
+        labels = nearest_prototype(rows, start).masked_fill(~valid, -1)
+        start = cluster_means(rows, labels, start, 0.0)
+    return start
+
+
+def refill(prototypes: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Each empty cluster's prototype becomes one of the rows that are least like their own prototype, the worst first.
+
+    Rows with a label outside 0..P-1 take no part.    Shapes: prototypes [P, D], rows [M, D], labels [M], M >= P -> [P, D].
+    """
+    clusters = len(prototypes)
+    member = labels[:, None] == torch.arange(clusters, device=labels.device)  # [M, P]
+    own = F.normalize(prototypes, dim=-1)[labels.clamp(0, clusters - 1)]
+    likeness = (F.normalize(rows, dim=-1) * own).sum(-1).masked_fill(~member.any(1), torch.inf)
+    worst = likeness.topk(clusters, largest=False).indices  # [P]
+    empty = ~member.any(0)
+    number = (empty.long().cumsum(0) - 1).clamp(min=0)  # of each empty cluster among them
+    return torch.where(empty[:, None], rows[worst[number]], prototypes)
+
+
 def memory_rows(scale: int, clusters: int, batch: int) -> int:
     """Rows of the published memory: `scale` per cluster, rounded up to whole steps of two views, and one.
 
