@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from cl_sim.clock import Clock
 from cl_sim.errors import Diverged
 from cl_sim.measure import TESTED
 from cl_sim.meter import Column, Meter
+from cl_sim.metrics import clustering
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Holdout, Stream, truth
 from cl_sim.tracking.journal import Journal
@@ -152,6 +155,8 @@ def run(
 
 
 def _test_every(stream: Stream, prequential: int) -> int:
+    if measure.of(stream.task).test is None:
+        return 0
     if stream.holdout() is None:
         return 1
     return min(prequential, 1) if measure.of(stream.task).every_batch else prequential
@@ -168,11 +173,13 @@ def test(strategy: Strategy, batch: Batch, known: Batch) -> Logs:
 
     Shapes: -> each [R].
     """
+    sums_of = strategy.measure().test
+    assert sums_of is not None, "the plan tests only where there is something to test"
     strategy.eval()
     with torch.inference_mode():
         answer = strategy.predict(batch)
     strategy.train()
-    sums = strategy.measure().test(answer, known)
+    sums = sums_of(answer, known)
     return {TEST + name: value for name, value in sums.items()}
 
 
@@ -214,8 +221,31 @@ def _evaluate(
     rest = {"measure": measured.name, "accuracy": found.pop(measured.matrix), **found}
     journal.write("evaluation", samples, task_end=full, seen=stream.seen(step), **rest)
     memory = getattr(strategy, "memory", None)
-    if full and memory is not None and "y" in (rows := memory.rows()):
+    rows = known_rows(stream, memory.rows()) if full and memory is not None else {}
+    if "y" in rows:
         journal.write("memory", samples, counts=class_counts(rows, stream.classes))
+    if memory is not None and "y" in rows and "cluster" in rows:
+        journal.write("clusters", samples, **cluster_health(rows, memory.groups, stream.classes))
+
+
+def known_rows(stream: Stream, rows: Batch) -> Batch:
+    """Rows of a memory with their labels, where the stream knows those that it hides."""
+    labels_of = getattr(stream, "labels_of", None)
+    found = labels_of(rows) if labels_of is not None else None
+    return rows if found is None else {**rows, "y": found}
+
+
+def cluster_health(rows: Batch, groups: int, classes: int) -> dict[str, NDArray[Any]]:
+    """Sizes of a memory's clusters and how they agree with the classes.    Shapes: sizes [R, P], the others [R]."""
+    labels = rows["y"].masked_fill(~rows["valid"], -1)
+    counts = [clustering.table(c, y, groups, classes) for c, y in zip(rows["cluster"], labels, strict=True)]
+    sizes = torch.stack([(rows["cluster"] == group).logical_and(rows["valid"]).sum(1) for group in range(groups)], 1)
+    each = {
+        "cluster_purity": [clustering.purity(one) for one in counts],
+        "cluster_nmi": [clustering.mutual_information(one) for one in counts],
+        "memory_entropy": [clustering.entropy(one.sum(0)) / math.log(max(classes, 2)) for one in counts],
+    }
+    return {"sizes": sizes.cpu().numpy(), **{name: torch.stack(one).cpu().numpy() for name, one in each.items()}}
 
 
 def class_counts(rows: Mapping[str, Tensor], classes: int) -> NDArray[np.int64]:

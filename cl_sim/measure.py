@@ -13,6 +13,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.metrics.accuracy import Accuracy
 from cl_sim.metrics.association import association_accuracy
 from cl_sim.metrics.clips import EXTRAS, Association, Tracked
+from cl_sim.metrics.probe import Probe
 from cl_sim.metrics.ranking import Ranking, gains, ranks, scored
 from cl_sim.tracker import TrackerConfig
 from cl_sim.types import Batch, Logs
@@ -39,7 +40,7 @@ class Measure:
     name: str  # what its summaries begin with
     matrix: str  # which of the metric's results they are made from
     metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
-    test: Callable[[Tensor, Batch], Logs]  # sums [R] over a batch by name, and `tested`
+    test: Callable[[Tensor, Batch], Logs] | None  # sums [R] over a batch by name, and `tested`; None: nothing to test
     every_batch: bool = False  # test on all batches if on any, and report the stream's second half too
     finals: tuple[str, ...] = ()  # other results whose last values, averaged over splits, are summarised too
 
@@ -83,6 +84,7 @@ def association(cfg: TrackerConfig, dim: int = 0) -> Measure:
 MEASURES = {
     "associate": association(TrackerConfig()),
     "classify": Measure("acc", "accuracy", Accuracy, accuracy_sums),
+    "embed": Measure("linear", "linear", Probe, None, finals=("knn", "ncm")),
     "rank": Measure(
         "hr10",
         "hr10",

@@ -37,6 +37,16 @@ USUAL = (
     "reid_4_8_end",
     "reid_9_20_end",
     "recovery_end",
+    "linear_end",
+    "knn_end",
+    "ncm_end",
+    "linear_aaa",
+    "shot1_end",
+    "shot5_end",
+    "shot1_opta_end",
+    "shot5_opta_end",
+    "cluster_purity_end",
+    "memory_entropy_end",
     "samples_per_second",
     "memory_bytes",
     "bytes_per_row",
@@ -51,11 +61,17 @@ TERMINAL = (
     "assa_end",
     "idf1_end",
     "idsw_per_100_end",
+    "linear_end",
+    "knn_end",
+    "shot1_end",
+    "shot5_end",
     "samples_per_second",
 )  # fit into 80 columns
+PROBES = ("linear", "knn", "ncm", "shot1", "shot5", "cluster", "memory_entropy")
 SHARES = (  # metrics in [-1, 1], shown in percent
     *("acc", "forgetting", "bwt", "fwt", "hr10", "ndcg10"),
     *("assa", "association", "class_acc", "deta", "hota", "idf1", "recovery", "reid", "video_ap"),
+    *PROBES,
 )
 LOWER_IS_BETTER = ("forgetting", "idsw", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
 COSTS = ("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")

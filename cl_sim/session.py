@@ -72,6 +72,9 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
     return strategy
 
 
+CLUSTERS = ("cluster_purity", "cluster_nmi", "memory_entropy")  # of a clustered memory, at the end
+
+
 class StopSignal:
     """Turns Ctrl-C, a polite kill, and the death of the parent process into a request to stop after the step."""
 
@@ -160,7 +163,8 @@ def plan_of(config: RunConfig, stream: Stream) -> Plan:
 def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progress) -> dict[str, Any]:
     """One value per run of every summary metric, from the journal and the strategy."""
     runs = strategy.env.runs
-    lines = [line for line in read(folder / "journal.jsonl")[0] if line["kind"] == "evaluation"]
+    journal = read(folder / "journal.jsonl")[0]
+    lines = [line for line in journal if line["kind"] == "evaluation"]
     whole = [run for run in range(runs) if lines and run not in progress.lost]
     summaries = {run: transfer.summary(transfer.record(lines, run)) for run in whole}
     keys = next(iter(summaries.values()), {})
@@ -173,6 +177,9 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     for name in measured.finals:
         if lines and name in lines[-1]:
             values[f"{name}_end"] = [known_mean(row) for row in lines[-1][name]]
+    groups = [line for line in journal if line["kind"] == "clusters"]
+    for name in CLUSTERS if groups else ():
+        values[f"{name}_end"] = groups[-1][name]
     seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
     costs = {
         "samples_per_second": stream.batch_size / seconds,

@@ -43,3 +43,28 @@ def refill(prototypes: Sequence[Row], rows: Sequence[Row], labels: Sequence[int]
     for number, old in enumerate(prototypes):
         made.append(old if number in labels else rows[waiting.pop(0)])
     return made
+
+
+def votes(support: Sequence[Row], labels: Sequence[int], query: Row, classes: int, k: int, tau: float) -> list[float]:
+    found = sorted(((cosine(row, query), y) for row, y in zip(support, labels, strict=True)), reverse=True)[:k]
+    weights = [math.exp(c / tau) for c, _ in found]
+    return [sum(w for w, (_, y) in zip(weights, found, strict=True) if y == c) / sum(weights) for c in range(classes)]
+
+
+def purity(clusters: Sequence[int], labels: Sequence[int]) -> float:
+    commonest = 0
+    for group in set(clusters):
+        own = [y for c, y in zip(clusters, labels, strict=True) if c == group]
+        commonest += max(own.count(y) for y in set(own))
+    return commonest / len(labels)
+
+
+def entropy(values: Sequence[object]) -> float:
+    shares = [values.count(v) / len(values) for v in set(values)]
+    return -sum(share * math.log(share) for share in shares)
+
+
+def mutual_information(clusters: Sequence[int], labels: Sequence[int]) -> float:
+    ends = entropy(clusters) + entropy(labels)
+    shared = ends - entropy(list(zip(clusters, labels, strict=True)))
+    return 2 * max(shared, 0) / ends if ends else 0.0

@@ -57,7 +57,8 @@ class Clustered(Rows):
     ) -> None:
         own = {"z": Field((width,), torch.float32), "cluster": Field((), torch.int64), "born": Field((), torch.int64)}
         super().__init__(recent + long, {**fields, **own}, rng)
-        self.recent, self.long, self.assign, self.eps, self.gamma = recent, long, assign, eps, gamma
+        self.recent, self.long, self.groups = recent, long, groups
+        self.assign, self.eps, self.gamma = assign, eps, gamma
         self.register_buffer("prototypes", torch.zeros(rng.runs, groups, width, device=rng.key.device))
 
     @property

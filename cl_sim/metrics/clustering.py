@@ -1,0 +1,39 @@
+"""How well clusters agree with classes, from the table that counts rows by cluster and class.
+
+Of one run: P clusters, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def table(clusters: Tensor, labels: Tensor, groups: int, classes: int) -> Tensor:
+    """Rows by cluster and class; numbers outside 0..P-1 and 0..C-1 are left out.    Shapes: [M], [M] -> [P, C] float64."""
+    in_cluster = (clusters[:, None] == torch.arange(groups, device=clusters.device)).double()
+    in_class = (labels[:, None] == torch.arange(classes, device=labels.device)).double()
+    return in_cluster.T @ in_class
+
+
+def purity(counts: Tensor) -> Tensor:
+    """Share of the rows that have the commonest class of their cluster; 0 without rows.    Shapes: [P, C] -> []."""
+    share: Tensor = counts.amax(1).sum() / counts.sum().clamp(min=1)
+    return share
+
+
+def entropy(masses: Tensor) -> Tensor:
+    """Entropy of the shares of these masses, in nats; 0 without mass.    Shapes: [N] -> []."""
+    shares = masses / masses.sum().clamp(min=torch.finfo(masses.dtype).tiny)
+    found: Tensor = -torch.special.xlogy(shares, shares).sum()
+    return found
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    """Mutual information of cluster and class over the mean of their entropies, 0 to 1; 0 if both are single.
+
+    Shapes: [P, C] -> [].    Source: Strehl and Ghosh 2002, "Cluster Ensembles", with the arithmetic mean.
+    """
+    ends = entropy(counts.sum(0)) + entropy(counts.sum(1))
+    shared = (ends - entropy(counts.flatten())).clamp(min=0)
+    return 2 * shared / ends.clamp(min=torch.finfo(counts.dtype).tiny)
