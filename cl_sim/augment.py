@@ -24,6 +24,7 @@ from cl_sim.types import Batch, Field
 TRIES = 10  # boxes drawn before the centre is taken
 BOX_WORDS = 2 * TRIES + 2  # random words per image that a box takes
 JITTER_WORDS = 5 + 4  # and a colour jitter
+MOVES = ("shift", "crop")  # without a number, they follow the size of the image
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -108,7 +109,7 @@ def join_halves(a: Tensor, b: Tensor, left: Tensor) -> Tensor:
     height, width = a.shape[-2:]
     columns = torch.arange(width, device=a.device) < width // 2
     rows = torch.arange(height, device=a.device)[:, None] < height // 2
-    return torch.where(torch.where(_per_image(left), columns, rows), b, a)
+    return torch.where(torch.where(_per_image(left.bool()), columns, rows), b, a)
 
 
 def draw_boxes(
@@ -361,7 +362,8 @@ def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Cal
     """The augmentations of these names, one after the other, as a function from batch to batch; none: the batch itself.
 
     A name may carry a number: pixels (`shift:2`, `crop:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `grey:0.1`), or
-    the smallest area as a share of the image (`resized_crop:0.3`).
+    the smallest area as a share of the image (`resized_crop:0.3`). Without one, `shift` and `crop` move by up to an eighth of
+    the shorter side: 4 pixels of 32, 1 of 8.
 
     Raises: UnknownName; BadConfig for a number that is not allowed, or for samples that cannot be augmented so.
     """
@@ -391,7 +393,8 @@ def _step(full: str, rng: Rng, shape: tuple[int, ...]) -> Callable[[Tensor], Ten
         raise BadConfig(
             f"augment has '{full}', which needs 1 or 3 channels, but the images have {shape[0]}; leave it out"
         )
-    settings = _settings(name, text, min(shape[1:])) if colon else {}
+    side = min(shape[1:])
+    settings = _settings(name, text, side) if colon else {"pixels": max(1, round(side / 8))} if name in MOVES else {}
     return partial(AUGMENTATIONS[name], rng=rng, **settings)
 
 

@@ -480,6 +480,8 @@ def _filed_as(name: str) -> tuple[str, str]:
     """The stream and the entry under which a preset's result is filed."""
     from cl_sim import report as tables
 
+    if (arm := preset.filed(name)) is not None:
+        return arm
     made = config.from_dict(config.merge({"encoder": {"name": "mlp"}}, preset.read(name)))
     return stream_name(made), tables.entry({"strategy": made.strategy.name, "config": made.to_dict()})
 

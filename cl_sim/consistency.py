@@ -40,8 +40,9 @@ class ConsistencyConfig:
     confidence: float = 0.95  # of a pseudo-label
     lambda_u: float = 1.0  # weight of the unlabelled samples
     average: float = 0.999  # decay of the averaged weights
-    answer: Literal["average", "net"] = "average"  # which weights answer
+    answer: Literal["average", "net"] = "net"  # which weights answer; the averaged ones lag by 1 / (1 - average) steps
     saa: bool = False  # sample-adaptive augmentation: naive samples get two strong views joined
+    saa_arm: Literal["method", "all", "random", "inverse"] = "method"  # or who is flagged instead, as a control
     history_decay: float = 0.001  # saa: weight of the old value in a sample's loss history
     selection_period: int = 0  # saa: steps between selections; 0: as many as recall every slot once on average
     warmup_steps: int = 0  # saa: before the first selection; 0: three periods
@@ -51,6 +52,10 @@ class ConsistencyConfig:
         at_least(self, capacity=1, labelled=1, unlabelled=1, lr=0, weight_decay=0, lambda_u=0)
         at_least(self, selection_period=0, warmup_steps=0, min_visits=1)
         within(self, 0, 1, "momentum", "confidence", "average", "history_decay")
+        if not self.saa and self.saa_arm != "method":
+            raise BadConfig(
+                f"saa_arm='{self.saa_arm}' is a control of saa=true; add --set strategy.saa=true, or leave it out"
+            )
 
 
 def labelled_loss(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
@@ -74,7 +79,8 @@ class Pools(nn.Module):
         fields = {**env.fields, "is_labelled": Field((), torch.bool)}
         self.memory = Reservoir(cfg.capacity, fields, env.rng)
         adaptive = AdaptiveReplayConfig(
-            saa="ssl" if cfg.saa else "off",
+            saa=("ssl" if cfg.saa_arm == "method" else cfg.saa_arm) if cfg.saa else "off",
+            saa_levels="ssl" if cfg.saa and cfg.saa_arm != "method" else "replay",
             capacity=cfg.capacity,
             replay=cfg.unlabelled,
             history_decay=cfg.history_decay,

@@ -5,7 +5,9 @@ et al. 2023, "Enhancing Sample Utilization through Sample Adaptive Augmentation 
 Symbols: x, y -> known; u -> both; q -> softmax of z_weak; tau -> confidence; lambda_u -> lambda_u; e -> average.
 Departures: one pass over a stream with a memory in place of many over a pool (ours), so the labelled samples are those of the
 new batch and some recalled ones, without replacement, the unlabelled ones the whole new batch and some recalled ones of any
-kind; a constant learning rate, as the length of a stream is not known; BatchNorm's momentum is the encoder's.
+kind; a constant learning rate, as the length of a stream is not known; BatchNorm's momentum is the encoder's; the newest
+weights answer (`answer=average` is the source's: an average over 1000 steps lags by most of a short stream; after 143 steps
+on digits it was right in 53 %, the newest weights in 66 %).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class FixMatch(Strategy):
     """Semi-supervised learning from confident pseudo-labels."""
 
     Config, tasks = FixMatchConfig, frozenset({"classify"})
-    views, takes_unlabelled = ("flip", "shift:4"), True
+    views, takes_unlabelled = ("flip", "shift"), True
 
     def __init__(self, cfg: FixMatchConfig, env: Env) -> None:
         super().__init__(cfg, env)

@@ -47,7 +47,7 @@ class FlexMatch(Strategy):
     """Semi-supervised learning with a threshold for each class."""
 
     Config, tasks = FlexMatchConfig, frozenset({"classify"})
-    views, takes_unlabelled = ("flip", "shift:4"), True
+    views, takes_unlabelled = ("flip", "shift"), True
     status: Tensor  # [R, C]
 
     def __init__(self, cfg: FlexMatchConfig, env: Env) -> None:

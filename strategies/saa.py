@@ -46,7 +46,7 @@ class SAA(Strategy):
     """Experience replay whose memory knows which of its samples are naive."""
 
     Config, tasks = SAAConfig, frozenset({"classify"})
-    views = ("flip", "shift:4")
+    views = ("flip", "shift")
 
     def __init__(self, cfg: SAAConfig, env: Env) -> None:
         super().__init__(cfg, env)

@@ -362,3 +362,14 @@ def test_replay_views_mirror_half_jitter_four_fifths_and_grey_a_fifth() -> None:
     for name, expected in {"mirrored": 0.5, "jittered": 0.8 * 0.995, "grey": 0.2}.items():
         z = (float(shares[name].double().mean()) - expected) / math.sqrt(expected * (1 - expected) / count)
         assert abs(z) < 4.5, f"{name}: z = {z:.1f}"  # false alarm: 7 in a million each
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(8, 1), (28, 4), (32, 4), (64, 8)])
+def test_a_shift_without_a_number_follows_the_size_of_the_image(side: int, pixels: int) -> None:
+    fields = {"x": Field((1, side, side), torch.uint8)}
+    x = torch.full((1, 40, 1, side, side), 255, dtype=torch.uint8)
+    plain, numbered = (
+        augment.pipeline([name], Rng([0], "size"), fields)({"x": x})["x"] for name in ("shift", f"shift:{pixels}")
+    )
+    assert torch.equal(plain, numbered)
+    assert int((plain[0, :, 0] == 0).all(-1).sum(-1).amax()) == pixels  # the largest move of 40

@@ -118,3 +118,13 @@ def test_a_missing_or_broken_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = [")
     with pytest.raises(BadConfig, match="not valid TOML"):
         config.read_toml(tmp_path / "broken.toml")
+
+
+def test_arms_are_variants_of_a_strategy_filed_by_their_setting() -> None:
+    plain, arm = (preset.read(f"{start}-cifar10-short-m200")["strategy"] for start in ("er", "random-er"))
+    assert plain == {"name": "er", "capacity": 200}
+    assert arm == {"name": "er", "capacity": 200, "saa": "random"}
+    assert preset.filed("random-er-cifar10-short-m200") == ("cifar10-short", "random-er-m200")
+    assert preset.filed("saa-fixmatch-cifar10-labels5") == ("cifar10-labels5", "saa-fixmatch")
+    assert preset.filed("er-cifar10-m200") is None
+    assert preset.read("saa-fixmatch-cifar10-labels5")["strategy"]["saa"] is True

@@ -1013,8 +1013,40 @@ def test_few_labels_suffice_on_a_toy_stream(name: str) -> None:
     assert (evaluate(made.strategy, made.stream.holdout(), len(made.stream), True)[:, -1] >= 0.8).all()
 
 
+@pytest.mark.parametrize("name", ["fixmatch", "flexmatch"])
+def test_one_label_in_twenty_suffices_for_digits_far_above_chance(name: str) -> None:
+    """143 steps with the strategy's own views, which must leave 8 pixels legible: a shift by four of them gave 8 %."""
+    views = registry.load("strategy", name).views
+    config = from_dict(
+        {
+            "strategy": {"name": name, "unlabelled": 16},
+            "stream": {"name": "few_labels", "of": "split-digits", "settings": ["tasks=1"]},
+            "encoder": {"name": "mlp"},
+            "augment": list(views[1:]),  # mirrored digits are others
+        }
+    )
+    stream = session.build_stream(config, (0,))
+    made = Toy(stream, session.build_strategy(config, stream, (0,)))
+    train(made, 0, len(stream))
+    assert evaluate(made.strategy, stream.holdout(), len(stream), True).mean() >= 0.4
+
+
+def test_control_arms_of_a_semi_supervised_run_flag_others_and_need_the_method() -> None:
+    quick = {"saa": True, "warmup_steps": 8, "selection_period": 4, "min_visits": 1}
+    method, random, inverse = (semi("fixmatch", saa_arm=arm, **quick) for arm in ("method", "random", "inverse"))
+    for made in (method, random, inverse):
+        train(made, 0, 8)
+    flags = [made.strategy.memory.table.naive[0, :40] for made in (method, random, inverse)]
+    seen = method.strategy.memory.table.known()[0]
+    assert torch.equal(flags[2][seen], ~flags[0][seen])
+    assert int(flags[1].sum()) == int(flags[0].sum()) > 0
+    assert not torch.equal(flags[1], flags[0])
+    with pytest.raises(BadConfig, match=r"add --set strategy\.saa=true"):
+        semi("fixmatch", saa_arm="random")
+
+
 def test_average_and_newest_weights_both_answer() -> None:
-    made = semi("fixmatch")
+    made = semi("fixmatch", answer="average")
     train(made, 0, 10)
     made.strategy.eval()
     x = made.stream.batch(10)
