@@ -260,6 +260,24 @@ def reproduce(names: tuple[str, ...], folder: Path, **options: Any) -> None:
     raise SystemExit(status)
 
 
+@main.command(
+    name="export",
+    epilog=example("cl-sim export ctvis-video-1124 results.zip", "cl-sim export last results.zip --seed 3"),
+)
+@click.argument("run_name", metavar="RUN")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--seed", type=int, help="Which seed of the run.  [default: its first]")
+@store_option
+def export_command(run_name: str, path: Path, seed: int | None, store: Path) -> None:
+    """Track the test videos of a trained RUN and write FILE, an archive that the servers of YouTube-VIS and OVIS take.
+
+    The stream must be one of annotated videos, the run must have learned classes (--set strategy.w_class=1).
+    """
+    from cl_sim import commands
+
+    commands.export(run_name, path, seed, store)
+
+
 @main.command(epilog=example("cl-sim ui", "cl-sim ui --port 5001"))
 @click.option("--port", default=5000, show_default=True)
 @uri_option

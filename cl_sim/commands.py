@@ -439,6 +439,22 @@ def ui(port: int, uri: str) -> int:
         return 0
 
 
+def export(name: str, path: Path, seed: int | None, folder: Path) -> None:
+    """Write results for an evaluation server, and say how good they are here."""
+    from cl_sim import export as exports
+
+    run_dirs = store.find_all(folder, [name])
+    if len(run_dirs) != 1:
+        raise ClSimError(
+            f"export takes one run, '{name}' fits {len(run_dirs)}: {', '.join(run.name for run in run_dirs)}"
+        )
+    (run_dir,) = run_dirs
+    own = store.record_of(run_dir)["seeds"]
+    count, found = exports.export(run_dir, own[0] if seed is None else seed, path)
+    shown = ", ".join(f"{key} {100 * found[key]:.1f} %" for key in ("ap", "ap50", "ap75", "ar1", "ar10"))
+    console().print(f"wrote {count} tracks to {path}; read back: {shown}", soft_wrap=True, markup=False)
+
+
 def sync(runs: Sequence[str], folder: Path, uri: str) -> None:
     """Bring runs to MLflow."""
     from cl_sim.tracking import mlflow

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_sim import boxes, stills
-from cl_sim.annotations import Video, read
+from cl_sim.annotations import Annotations, Video, read
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig, BadData
 from cl_sim.indexed import host_rng
@@ -249,6 +249,11 @@ class Videos:
         alone = np.full((1, 1), number)
         batch = self._batch([clip], alone, [derive(0, f"test {number}")], rows, self.cfg.errors)
         return {key: value.expand(len(self.seeds), *value.shape[1:]) for key, value in batch.items()}
+
+    @property
+    def annotations(self) -> Annotations:
+        """The file of the test videos."""
+        return self.tested.truth
 
     def original(self, mask: Tensor, video: Video) -> NDArray[np.bool_]:
         """A mask of the stream's size in the video's own size, for results.    Shapes: [H, W] -> [height, width]."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import references_video as slow
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cl_sim import annotations, boxes, rle, stills
+from cl_sim import annotations, boxes, commands, export, rle, session, stills, store
+from cl_sim.cli import main
+from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig, BadData
 from cl_sim.sources import data_folders
 from streams.video import VideoConfig, Videos
@@ -474,3 +478,101 @@ def test_the_excerpt_of_davis_is_read_shown_exported_and_read_back(tmp_path: Pat
         again = annotations.read_results(annotations.write_results(tmp_path / f"{name}.zip", results, truth), truth)
         for one, two in zip(again, results, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(one.masks, two.masks, strict=True) if b is not None)
+
+
+# --- from a run to results ----------------------------------------------------------------------------------------------
+
+
+def cl_sim(*words: str) -> Any:
+    return CliRunner().invoke(main, list(words))
+
+
+def test_a_trained_run_is_exported_and_its_numbers_are_those_of_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    small = {"test": "", "frames": 3, "height": 16, "width": 24, "per_video": 1}
+    config = from_dict(
+        {
+            "stream": {"name": "video", "data": f"folder:{tmp_path}", **small},
+            "strategy": {"name": "ctvis", "w_class": 1.0},
+            "encoder": {"name": "crop"},
+            "evaluate": {"per_task": 0},
+            "seeds": [0, 5],
+            "stack": 2,
+        }
+    )
+    facts = commands._facts(config, session.build_stream(config, (0,)), "test")
+    assert session.train(store.create(tmp_path / "runs", config, facts), 0) == "finished"
+    done = cl_sim("export", "last", "out.zip", "--seed", "5")
+    assert done.exit_code == 0, done.output
+    truth = annotations.read(tmp_path / "instances_train.json")
+    found = annotations.read_results(tmp_path / "out.zip", truth)
+    assert {one.video_id for one in found} == {14}
+    assert len(found) <= 2  # as many as classes
+    assert sum(one.score for one in found) > 0.5
+    (run,) = store.all_runs(tmp_path / "runs")
+    count, scores = export.export(run, 5, tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "out.zip").read_bytes()
+    assert f"wrote {count} tracks to out.zip; read back: ap {100 * scores['ap']:.1f} %" in done.output
+    for words, message in (
+        (["export", "last", "x.zip", "--seed", "9"], "--seed is 9, but"),
+        (["export", "nothing", "x.zip"], "no run is called 'nothing'"),
+    ):
+        refused = cl_sim(*words)
+        assert refused.exit_code != 0
+        assert message in refused.output
+        assert "Traceback" not in refused.output
+
+
+def test_the_best_pairs_of_track_and_class_are_kept() -> None:
+    ids = torch.tensor([[0, 4], [0, -1]])
+    logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[0.0, 2.0, 0.0], [9.0, 9.0, 0.0]]]).double()
+    found = export.best_pairs(ids, logits)
+    first = math.e / (2 * math.e + 1)
+    assert [(track, label) for track, label, _ in found] == [(0, 0), (0, 1), (4, 1)]
+    assert [score for _, _, score in found] == pytest.approx([first] * 3)
+    assert export.best_pairs(torch.full((2, 2), -1), logits) == []
+
+
+class Perfect:
+    """Answers with one direction per instance, and with its class."""
+
+    def __init__(self, stream: Videos) -> None:
+        self.rows, self.classes, self.dim = 8, stream.classes, 8
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+    def predict(self, batch: Any) -> torch.Tensor:
+        emb = torch.nn.functional.one_hot(batch["instance"].clamp(min=0), self.rows).float() * 8
+        scores = torch.nn.functional.one_hot(batch["label"].clamp(min=0), self.classes).float() * 20
+        return torch.cat([emb, scores], -1)
+
+
+@pytest.mark.skipif(DAVIS is None, reason="the excerpt of DAVIS is not here")
+def test_a_perfect_tracker_of_davis_gets_full_marks_for_what_is_read_back(tmp_path: Path) -> None:
+    cfg = VideoConfig(per_video=1, frames=3, height=240, width=427)
+    stream = Videos(cfg, (0,), torch.device("cpu"), str(DAVIS))
+    claims = export.results(stream, cast(Any, Perfect(stream)))
+    path = annotations.write_results(tmp_path / "results.zip", claims, stream.annotations)
+    again = annotations.read_results(path, stream.annotations)
+    assert len(again) == 17 * 6  # one track in each video, with each class
+    scores = export.scores(again, stream)
+    assert scores["ap"] == scores["ap50"] == scores["ar1"] == 1.0
+    coarse = Videos(VideoConfig(per_video=1, frames=3, height=60, width=107), (0,), torch.device("cpu"), str(DAVIS))
+    rough = export.scores(export.results(coarse, cast(Any, Perfect(coarse))), coarse)
+    assert 0.6 < rough["ap"] < 1.0  # masks of a quarter of the side lose the last thresholds
+    assert rough["ap50"] == 1.0
+
+
+def test_runs_on_other_streams_and_without_classes_are_not_exported(tmp_path: Path) -> None:
+    made_up(tmp_path)
+    stream = stream_of(tmp_path)
+    plain = Perfect(stream)
+    plain.dim = plain.rows + plain.classes
+    with pytest.raises(BadConfig, match=r"train it with --set strategy.w_class=1"):
+        export.results(stream, cast(Any, plain))
+    assert isinstance(stream, export.Exportable)
