@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_sim.errors import BadConfig
 from cl_sim.metrics.accuracy import Accuracy
 from cl_sim.metrics.association import association_accuracy
-from cl_sim.metrics.clips import EXTRAS, Association, Tracked
+from cl_sim.metrics.clips import EXTRAS, Association, Candidates, Tracked
 from cl_sim.metrics.probe import Probe
 from cl_sim.metrics.ranking import Ranking, gains, ranks, scored
 from cl_sim.tracker import TrackerConfig
@@ -42,6 +42,7 @@ class Measure:
     metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
     test: Callable[[Tensor, Batch], Logs] | None  # sums [R] over a batch by name, and `tested`; None: nothing to test
     every_batch: bool = False  # test on all batches if on any, and report the stream's second half too
+    candidates: Candidates | None = None  # for nets that propose instances: turns answers into rows to be tracked
     finals: tuple[str, ...] = ()  # other results whose last values, averaged over splits, are summarised too
 
 
@@ -58,11 +59,13 @@ def ranking_sums(output: Tensor, batch: Batch) -> Logs:
     return {name: (found[name] * counted).sum(1) for name in ("hr10", "ndcg10")} | {TESTED: counted.sum(1)}
 
 
-def association(cfg: TrackerConfig, dim: int = 0) -> Measure:
+def association(cfg: TrackerConfig, dim: int = 0, candidates: Candidates | None = None) -> Measure:
     """Tracks made by this tracker of embeddings of this width; class scores may follow these in the output."""
 
     def test(output: Tensor, batch: Batch) -> Logs:
         """Observations that stay on the track of their match before, and all that could."""
+        if candidates is not None:
+            output, batch = candidates(output, batch)
         made = Tracked(output, batch, cfg, dim or output.shape[-1])
         runs, clips = output.shape[:2]
         counts = [
@@ -75,8 +78,9 @@ def association(cfg: TrackerConfig, dim: int = 0) -> Measure:
     return Measure(
         "assa",
         "assa",
-        lambda runs, splits, device: Association(runs, splits, device, cfg, dim),
+        lambda runs, splits, device: Association(runs, splits, device, cfg, dim, candidates),
         test,
+        candidates=candidates,
         finals=EXTRAS,
     )
 

@@ -91,7 +91,8 @@ def toy(name: str, seeds: Sequence[int], settings: Mapping[str, Any] | None = No
 def _toy_of_clips(name: str, seeds: tuple[int, ...], settings: Mapping[str, Any]) -> Toy:
     own = dict(settings)
     stream = ToyClips(ToyClipsConfig(**own.pop("stream", {})), seeds, torch.device("cpu"))
-    base = {"strategy": {"name": name}, "stream": {"name": "synthetic"}, "encoder": SMALL_CROPS, "seeds": list(seeds)}
+    encoder = SMALL_CROPS if own.get("encoder", SMALL_CROPS).get("name", "crop") == "crop" else {}
+    base = {"strategy": {"name": name}, "stream": {"name": "synthetic"}, "encoder": encoder, "seeds": list(seeds)}
     config = from_dict(merge(base, own))
     return Toy(stream, session.build_strategy(config, stream, seeds))
 

@@ -117,6 +117,9 @@ class ToyClips:
                 instance[at, row], label[at, row] = row, classes[row]
             if row >= n or shown[at, row]:
                 boxes[at, row] = x, y, x + PATTERN, y + PATTERN
+        covered = (instance >= 0) & ~masks.any((2, 3))  # by those in front
+        instance[covered] = label[covered] = -1
+        boxes[covered] = 0
         return {
             "frames": frames.astype(np.uint8),
             "boxes": boxes,

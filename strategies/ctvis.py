@@ -36,6 +36,7 @@ from cl_sim.clips import (
 )
 from cl_sim.config import at_least, within
 from cl_sim.encoders.instances import Embedder
+from cl_sim.encoders.queries import Query, Reader
 from cl_sim.errors import BadConfig
 from cl_sim.losses import bank_contrast
 from cl_sim.memory.reservoir import Reservoir
@@ -102,6 +103,7 @@ class CTVIS(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Embedder(env.encoder(), env.classes if cfg.w_class else 0))
         self.dim, self.takes = embedder(self.net.net)
+        self.queries = reader(self.net.net, cfg)
         kept = {"clip": env.fields["clip"]} if env.rebuild else env.fields  # 8 bytes, if clips can be made again
         self.memory = Reservoir(cfg.capacity, kept, env.rng) if cfg.capacity else None
         groups = without_decay_of_norms(self.net, cfg.weight_decay)
@@ -109,8 +111,8 @@ class CTVIS(Strategy):
 
     @property
     def steady(self) -> bool:
-        """True once every step recalls the same number of clips."""
-        return self.memory is None or self.memory.holds(self.cfg.replay)
+        """True once every step recalls the same number of clips; never with queries, which are assigned on the host."""
+        return self.queries is None and (self.memory is None or self.memory.holds(self.cfg.replay))
 
     def observe(self, new: Batch) -> Logs:
         """One gradient step on the items of new and recalled clips; then remember the new ones."""
@@ -133,6 +135,8 @@ class CTVIS(Strategy):
         output = self.answer(batch)
         shown = visible(batch)
         who = rolls(batch["instance"], shown, backgrounds(batch))
+        if self.queries is not None:
+            who = self.queries.roll(output, batch, who)
         items = self.items(output[..., : self.dim], who)
         embed, cosine = contrast(*items)
         loss = self.cfg.w_embed * embed + self.cfg.w_cosine * cosine
@@ -172,21 +176,33 @@ class CTVIS(Strategy):
         """What the net says of every row.    Shapes: -> [R, B, T, Q, D (+ C)]."""
         inputs = [batch[name].flatten(1, 2) for name in self.takes]  # clips end to end: [R, B * T, ...]
         output: Tensor = self.net(*inputs)
-        return output.view(*batch["instance"].shape, -1)
+        return output.view(*batch["instance"].shape[:3], -1, output.shape[-1])
 
     def predict(self, batch: Batch) -> Tensor:
-        """Embeddings, then class scores if there is a class head.    Shapes: -> [R, B, T, Q, D (+ C)]."""
+        """Embeddings, then class scores if there is a class head, or what queries answer.    Shapes: -> [R, B, T, Q, ...]."""
         return self.answer(batch)
 
     def measure(self) -> measure.Measure:
         """By tracks that are made with this strategy's settings."""
-        return measure.association(self.cfg, self.dim)
+        return measure.association(self.cfg, self.dim, self.queries.candidates if self.queries else None)
 
 
 def embedder(net: object) -> tuple[int, tuple[str, ...]]:
     """The width of its embeddings, and the fields that it takes."""
     assert isinstance(net, Embedder)
     return net.dim, net.takes
+
+
+def reader(net: object, cfg: CTVISConfig) -> Reader | None:
+    """What takes the answers of queries apart, if the net has any.    Raises: BadConfig for a class head beside theirs."""
+    encoder = getattr(net, "encoder", None)
+    if not isinstance(encoder, Query):
+        return None
+    if cfg.w_class:
+        raise BadConfig(
+            "w_class has no effect with encoder.name=query, whose net names classes; leave strategy.w_class out"
+        )
+    return Reader(encoder)
 
 
 def replayed(

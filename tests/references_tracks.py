@@ -180,3 +180,25 @@ def follow(
         tracks = [track for track in tracks if t - track.last <= max_age]
         result.append(ids)
     return result
+
+
+def assignment_cost(
+    scores: list[Vector], masks: list[Vector], labels: list[int], true: list[Vector]
+) -> list[list[float]]:
+    """Two times the class cost, five times each mask cost; masks as flat lists of cells."""
+    table = []
+    for own, mask in zip(scores, masks, strict=True):
+        line = []
+        for label, target in zip(labels, true, strict=True):
+            total = sum(math.exp(s) for s in own)
+            named = -math.exp(own[label]) / total if label >= 0 else 0.0
+            entropy, overlap, drawn = 0.0, 0.0, 0.0
+            for logit, wanted in zip(mask, target, strict=True):
+                p = 1 / (1 + math.exp(-logit))
+                entropy -= (wanted * math.log(p) + (1 - wanted) * math.log(1 - p)) / len(mask)
+                overlap += p * wanted
+                drawn += p
+            dice = 1 - (2 * overlap + 1) / (drawn + sum(target) + 1)
+            line.append(2 * named + 5 * entropy + 5 * dice)
+        table.append(line)
+    return table

@@ -23,6 +23,7 @@ INSTANCES = {
     "crop": Entry("instances", "CropConfig"),
     "crop+mask": Entry("instances", "CropConfig"),
     "given": Entry("instances", "GivenConfig"),
+    "query": Entry("queries", "QueryConfig"),
     "roi": Entry("instances", "RoiConfig"),
 }
 ENCODERS = INSTANCES | {
@@ -60,7 +61,7 @@ def make(name: str, cfg: Any, fields: Fields, classes: int, precision: str = "fl
     if precision != "float32" and (clips or name == "sasrec"):
         raise BadConfig(f"precision is '{precision}', but encoder '{name}' computes in float32; leave --precision out")
     if clips:
-        embedder: nn.Module = _module(ENCODERS[name]).build(name, cfg, fields)
+        embedder: nn.Module = _module(ENCODERS[name]).build(name, cfg, fields, classes)
         return embedder
     if ("items" in fields) != (name == "sasrec"):
         kind, fit = ("histories of items", "sasrec") if "items" in fields else ("no histories of items", "mlp")

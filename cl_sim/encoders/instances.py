@@ -243,16 +243,20 @@ class Embedder(nn.Module):
     def __init__(self, encoder: Any, classes: int = 0) -> None:
         super().__init__()
         self.encoder, self.dim, self.takes = encoder, encoder.dim, encoder.takes
-        self.classify = nn.Linear(encoder.inner, classes) if classes else None
+        self.proposes = getattr(encoder, "proposes", False)  # its own instances and their classes
+        self.classify = nn.Linear(encoder.inner, classes) if classes and not self.proposes else None
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Embeddings, then class scores."""
+        if self.proposes:
+            whole: Tensor = self.encoder(*inputs)
+            return whole
         features = self.encoder.features(*inputs)
         embedded: Tensor = self.encoder.head(features)
         return embedded if self.classify is None else torch.cat([embedded, self.classify(features)], -1)
 
 
-def build(name: str, cfg: Any, fields: Fields) -> nn.Module:
+def build(name: str, cfg: Any, fields: Fields, classes: int) -> nn.Module:
     """A fresh encoder for the clips of a stream.    Raises: BadConfig if the stream lacks what it needs."""
     if name == "given":
         if "features" not in fields:

@@ -6,6 +6,7 @@ Source: the tracker of `cl_sim.tracker` and the metrics of `cl_sim.metrics.assoc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from cl_sim.metrics.association import (
 from cl_sim.tracker import TrackerConfig, follow, hashed, mask_overlap, order_of, overlap_of, suppress
 from cl_sim.types import Batch
 
+Candidates = Callable[[Tensor, Batch], tuple[Tensor, Batch]]  # the answers of a net that proposes instances, as rows
 EXTRAS = (
     "hota",
     "deta",
@@ -118,9 +120,15 @@ class Association:
     """
 
     def __init__(
-        self, runs: int, splits: int, device: torch.device | str, cfg: TrackerConfig | None = None, dim: int = 0
+        self,
+        runs: int,
+        splits: int,
+        device: torch.device | str,
+        cfg: TrackerConfig | None = None,
+        dim: int = 0,
+        candidates: Candidates | None = None,
     ) -> None:
-        self.runs, self.splits, self.device = runs, splits, device
+        self.runs, self.splits, self.device, self.candidates = runs, splits, device, candidates
         self.cfg, self.dim = cfg or TrackerConfig(), dim
         self._clear()
 
@@ -133,6 +141,8 @@ class Association:
 
         Shapes: output [R, B, T, Q, dim (+ C)]; batch: the keys of clips, optionally split and valid [R, B].
         """
+        if self.candidates is not None:
+            output, batch = self.candidates(output, batch)
         dim = self.dim or output.shape[-1]
         made = Tracked(output, batch, self.cfg, dim, swap=True)
         split = batch["split"] if "split" in batch else torch.zeros(output.shape[:2], dtype=torch.int64)

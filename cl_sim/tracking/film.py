@@ -26,13 +26,14 @@ Bytes = NDArray[np.uint8]
 
 
 def keep(strategy: Strategy, stream: Stream, path: Path) -> None:
-    """Write the first test clip of the first run, with its embeddings and tracks; nothing if there is none, or no frames.
+    """Write the first test clip of the first run, with its embeddings and tracks; nothing if there is none, no frames, or no
+    boxes because the net proposes masks.
 
     Keys: frames [T, C, H, W], boxes [T, Q, 4], instance and track [T, Q], emb [T, Q, D].
     """
     holdout = stream.holdout()
     chunk = next(iter(holdout.chunks(len(stream), False)), None) if holdout is not None else None
-    if chunk is None or "frames" not in chunk:
+    if chunk is None or "frames" not in chunk or strategy.measure().candidates is not None:
         return
     one = {key: value[:, :1] for key, value in chunk.items()}
     strategy.eval()
