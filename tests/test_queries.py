@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import references_tracks as references
@@ -139,10 +141,12 @@ def test_the_net_of_a_run_is_its_own() -> None:
     assert_close(alone.strategy.predict(batch)[0], stacked.strategy.predict(many)[0])
 
 
-def test_no_film_is_made_of_masks(tmp_path: film.Path) -> None:
+def test_a_film_shows_what_queries_propose(tmp_path: Path) -> None:
     made = querying()
     film.keep(made.strategy, made.stream, tmp_path / film.FILE)
-    assert not (tmp_path / film.FILE).exists()
+    with np.load(tmp_path / film.FILE) as kept:
+        assert kept["masks"].shape == (5, 4, 28, 28)
+        assert kept["track"].shape == (5, 4)
 
 
 @pytest.mark.parametrize(
