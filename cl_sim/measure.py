@@ -13,6 +13,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.metrics.accuracy import Accuracy
 from cl_sim.metrics.association import association_accuracy
 from cl_sim.metrics.clips import EXTRAS, Association, Candidates, Tracked
+from cl_sim.metrics.fewshot import NAMES, Episodic
 from cl_sim.metrics.probe import Probe
 from cl_sim.metrics.ranking import Ranking, gains, ranks, scored
 from cl_sim.tracker import TrackerConfig
@@ -89,6 +90,7 @@ MEASURES = {
     "associate": association(TrackerConfig()),
     "classify": Measure("acc", "accuracy", Accuracy, accuracy_sums),
     "embed": Measure("linear", "linear", Probe, None, finals=("knn", "ncm")),
+    "fewshot": Measure("shot5", "shot5", Episodic, None, finals=tuple(name for name in NAMES if name != "shot5")),
     "rank": Measure(
         "hr10",
         "hr10",

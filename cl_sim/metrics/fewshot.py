@@ -227,3 +227,59 @@ def interval(accuracies: Tensor) -> tuple[float, float]:
     """Mean over episodes and half the width of its 95 % interval, 1.96 * std / sqrt(E) with ddof 0, as published."""
     values = accuracies.double()
     return float(values.mean()), float(1.96 * values.std(correction=0) / math.sqrt(len(values)))
+
+
+VARIANTS: dict[str, tuple[Readout, bool]] = {
+    "": ("nearest_mean", False),
+    "_opta": ("nearest_mean", True),
+    "_logistic": ("logistic", False),
+    "_logistic_opta": ("logistic", True),
+}
+SHOTS = (1, 5)
+NAMES = tuple(f"shot{shots}{variant}" for shots in SHOTS for variant in (*VARIANTS, "_half"))
+
+
+class Episodic:
+    """Mean accuracy over episodes of 5 classes, 1 and 5 labelled samples of each and 15 queries of each, per split.
+
+    All shots, read-outs and runs have the same episodes. `shot1_half` and `shot5_half` are the half-widths of the intervals
+    of the plain ones over episodes. Chunks say by `episodes` how many to draw.
+    """
+
+    def __init__(self, runs: int, splits: int, device: torch.device | str = "cpu", seed: int = 42) -> None:
+        self.runs, self.splits, self.device, self.seed = runs, splits, device, seed
+        self.chunks: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def update(self, output: Tensor, batch: dict[str, Tensor]) -> None:
+        """Add a chunk.    Shapes: output [R, B, D]; batch: y, split and episodes [R, B], the same for every run."""
+        self.chunks.append((output, {name: batch[name][0] for name in ("y", "split", "episodes")}))
+
+    def result(self) -> dict[str, Tensor]:
+        """Each mean [R, S], NaN for a split without samples; then starts afresh."""
+        found = {name: torch.full((self.runs, self.splits), torch.nan, dtype=torch.float64) for name in NAMES}
+        if self.chunks:
+            features = torch.cat([output for output, _ in self.chunks], 1)
+            y, split, count = (torch.cat([b[name] for _, b in self.chunks]) for name in ("y", "split", "episodes"))
+            for s in range(self.splits):
+                own = split == s
+                if not bool(own.any()):
+                    continue
+                task = Task(shots=max(SHOTS))
+                episodes = draw(y[own].cpu().numpy(), task, int(count[0]), self.seed)
+                for run in range(self.runs):
+                    for name, value in episode_means(features[run][own], episodes).items():
+                        found[name][run, s] = value
+        self.chunks = []
+        return {name: value.to(self.device) for name, value in found.items()}
+
+
+def episode_means(features: Tensor, episodes: Episodes) -> dict[str, float]:
+    """What `Episodic` reports of one run.    Shapes: features [rows, D]."""
+    found = {}
+    for shots in SHOTS:
+        for variant, (readout, transport) in VARIANTS.items():
+            mean, half = interval(episode_accuracy(features, episodes.with_shots(shots), readout, transport))
+            found[f"shot{shots}{variant}"] = mean
+            if not variant:
+                found[f"shot{shots}_half"] = half
+    return found
