@@ -14,7 +14,8 @@ from hypothesis.strategies import booleans, floats, integers, sampled_from
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cl_sim import losses, session, testing
+from cl_sim import losses, preset, session, testing
+from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig
 from cl_sim.losses import next_item as item_loss
 from cl_sim.metrics.ranking import scored
@@ -521,3 +522,33 @@ def test_a_look_ahead_through_a_large_net_is_refused() -> None:
     with pytest.raises(BadConfig, match="use a smaller encoder"):
         toy("meta_augment", (0,), {"strategy": {"arm": "second_order"}, "encoder": {"name": "reduced_resnet18"}})
     assert MetaAugmentConfig(arm="second_order").waits_for == 20
+
+
+def test_the_preset_has_the_published_settings() -> None:
+    made = from_dict(preset.read("mclrec-beauty"))
+    assert made.strategy.name == "meta_augment"
+    own, net, stream = made.strategy.config, made.encoder.config, made.stream.config
+    assert (own.arm, own.meta_on, own.second_encoder_step, own.padding) == ("first_order", "batch", True, True)
+    assert (own.data_weight, own.model_weight, own.reg_weight, own.reg_pairs, own.reg_scope) == (
+        0,
+        0.05,
+        0.1,
+        "all",
+        "row",
+    )
+    assert (own.capacity, own.replay, own.meta_lr, own.similarity, own.tau) == (0, 0, 0.001, "task", 0)
+    assert (net.dim, net.layers, net.heads, net.inner, net.dropout) == (64, 2, 2, 256, 0.5)
+    assert (stream.protocol, stream.batch, stream.longest, stream.passes) == ("offline", 256, 50, 100)
+    assert from_dict(preset.read("meta-augment-cifar10-m200")).strategy.config.capacity == 200
+
+
+@pytest.mark.parametrize("setting", ["beauty-relative", "beauty-staggered", "cifar10-short-m200"])
+def test_the_arms_of_a_comparison_differ_in_the_arm_alone(setting: str) -> None:
+    arms = {
+        "beauty": ("base", "data-views", "frozen", "joint", "meta-augment"),
+        "cifar10": ("data-views-er", "frozen-views-er", "joint-views-er", "meta-augment-er"),
+    }[setting.split("-")[0]]
+    found = [preset.read(f"{arm}-{setting}") for arm in arms]
+    told = [settings["strategy"].pop("arm", "first_order") for settings in found]
+    assert told == list(ARMS[-1 - len(arms) : -1])
+    assert all(settings == found[0] for settings in found)
