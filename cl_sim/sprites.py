@@ -188,16 +188,26 @@ def tints(rng: Rng, instances: int, channels: int, spread: float) -> Tensor:
     return 1 - (1 - DIMMEST) * spread * rng.uniform(instances, channels)
 
 
-def scenery(rng: Rng, frames: int, channels: int, size: int, noise: float, light: Tensor) -> Tensor:
-    """A smooth random background that stands still, with noise of its own in every frame.
+def smooth(rng: Rng, channels: int) -> Tensor:
+    """Backdrops of clouds: 4x4 grey levels, to be interpolated.    Shapes: -> [N, C, 4, 4]."""
+    return 0.1 + 0.3 * rng.uniform(channels, 4, 4)
 
-    Shapes: light [N] (added brightness) -> [N, T, C, H, W] in units of full brightness.
+
+def photographs(rng: Rng, sprites: Sheet) -> Tensor:
+    """Backdrops out of other images, uncut and darkened to half, so that sprites stand out.    Shapes: -> [N, C, S, S]."""
+    return sprites.pixels[rng.below(len(sprites.pixels), 1)[:, 0]].float() / 510
+
+
+def scenery(rng: Rng, frames: int, backdrop: Tensor, size: int, noise: float, light: Tensor) -> Tensor:
+    """A background that stands still, with noise of its own in every frame.
+
+    Shapes: backdrop [N, C, h, w], light [N] (added brightness) -> [N, T, C, H, W] in units of full brightness.
     """
-    coarse = 0.1 + 0.3 * rng.uniform(channels, 4, 4) + light[:, None, None, None]
-    smooth = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)[:, None]
+    coarse = backdrop + light[:, None, None, None]
+    still = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)[:, None]
     if noise == 0:
-        return smooth.expand(-1, frames, -1, -1, -1)
-    return smooth + noise * rng.normal(frames, channels, size, size)
+        return still.expand(-1, frames, -1, -1, -1)
+    return still + noise * rng.normal(frames, backdrop.shape[1], size, size)
 
 
 def compose(sprites: Sheet, which: Tensor, pose: Pose, tint: Tensor, scene: Tensor, wave: float = 0.0) -> Drawn:

@@ -49,6 +49,7 @@ class SpritesConfig:
     motion: sprites.Path = "bounce"  # off the border, or exit and enter on the other side
     leaves: float = 0.5  # probability that an instance is away for 3 to 12 frames
     wave: float = 0.0  # pixels by which shapes bend, at most
+    backdrop: Literal["smooth", "image"] = "smooth"  # clouds, or another image of the set, darkened
     noise: float = 0.08  # standard deviation of pixels, in units of full brightness
     split: Literal["none", "class", "domain"] = (
         "none"  # experiences with classes, or with a look and pace, of their own
@@ -96,7 +97,7 @@ class Sprites:
 
     Shapes: frames [R, B, T, C, H, W]; boxes [R, B, T, Q, 4]; masks [R, B, T, Q, H, W]; instance, label, present and score
     [R, B, T, Q]; clip [R, B] is the clip's number, which `rebuild` takes. With errors in the test clips their true instances
-    come too, as true_boxes, true_masks and true_instance with G rows.
+    come too, as true_boxes, true_masks, true_instance and true_label with G rows.
     """
 
     Config = SpritesConfig
@@ -183,7 +184,8 @@ class Sprites:
         )
         channels = sheet.pixels.shape[1]
         tint = sprites.tints(rng, cfg.instances, channels, cfg.tint)
-        scene = sprites.scenery(rng, part.frames, channels, cfg.canvas, cfg.noise, light)
+        backdrop = sprites.smooth(rng, channels) if cfg.backdrop == "smooth" else sprites.photographs(rng, sheet)
+        scene = sprites.scenery(rng, part.frames, backdrop, cfg.canvas, cfg.noise, light)
         drawn = sprites.compose(sheet, which, pose, tint, scene, cfg.wave)
         around, side = boxes.of_masks(drawn.masks), torch.full_like(light, cfg.sprite)
         beside = boxes.beside(rng, around, cfg.background, side, cfg.canvas, cfg.canvas)
@@ -191,7 +193,7 @@ class Sprites:
         offered = boxes.detected(rng, true, cfg.instances, part.errors) if part.errors else true
         batch = {"frames": drawn.frames, **offered._asdict()}
         if part.errors:
-            known = {"boxes": true.boxes, "masks": true.masks, "instance": true.instance}
+            known = {"boxes": true.boxes, "masks": true.masks, "instance": true.instance, "label": true.label}
             batch |= {f"true_{key}": value[:, :, : cfg.instances] for key, value in known.items()}
         shaped = {key: value.unflatten(0, tuple(numbers.shape)) for key, value in batch.items()}
         return {**shaped, "clip": numbers}

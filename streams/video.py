@@ -135,7 +135,7 @@ class Videos:
 
     Shapes: frames [R, B, T, 3, H, W]; boxes [R, B, T, Q, 4]; masks [R, B, T, Q, H, W]; instance, label, present and score
     [R, B, T, Q]; clip [R, B] is the clip's number, in tests the video's place in its file. With errors in the tests their true
-    instances come too, as true_boxes, true_masks and true_instance.
+    instances come too, as true_boxes, true_masks, true_instance and true_label.
     """
 
     Config = VideoConfig
@@ -213,7 +213,7 @@ class Videos:
         offered = boxes.detected(rng, true, rows, errors) if errors else true
         batch = {"frames": frames, **offered._asdict()}
         if errors:
-            known = {"boxes": true.boxes, "masks": true.masks, "instance": true.instance}
+            known = {"boxes": true.boxes, "masks": true.masks, "instance": true.instance, "label": true.label}
             batch |= {f"true_{key}": value[:, :, :rows] for key, value in known.items()}
         shaped = {key: value.unflatten(0, numbers.shape) for key, value in batch.items()}
         return {**shaped, "clip": torch.as_tensor(numbers, device=self.device)}

@@ -276,7 +276,7 @@ def test_test_clips_carry_the_truth_when_a_detector_errs() -> None:
     stream = make(test_errors=4.0)
     chunk = next(stream.holdout().chunks(0, True))
     plain = next(make().holdout().chunks(0, True))
-    for key in ("boxes", "masks", "instance"):
+    for key in ("boxes", "masks", "instance", "label"):
         assert torch.equal(chunk[f"true_{key}"], plain[key][:, :, :, :3])
     assert not torch.equal(chunk["boxes"][:, :, :, :3], plain["boxes"][:, :, :, :3])
     assert torch.equal(chunk["frames"], plain["frames"])
@@ -310,6 +310,22 @@ def test_domains_differ_from_the_plain_first_one_and_between_seeds() -> None:
     assert not torch.equal(stream.look[0, 1:], stream.look[1, 1:])
     dark, light = stream.batch(0)["frames"].float(), stream.batch(len(stream) - 1)["frames"].float()
     assert light.median() > dark.median() + 20
+
+
+def test_a_backdrop_is_another_image_at_half_brightness() -> None:
+    rng = np.random.default_rng(0)
+    sheet = random_sheet(rng, 40, 3, 6)
+    keys = torch.arange(400)
+    found = sprites.photographs(Rng.keyed(keys), sheet)
+    known = sheet.pixels.flatten(1).float() / 510
+    which = (found.flatten(1)[:, None] == known).all(2)
+    assert (which.sum(1) == 1).all()
+    assert (which.sum(0) > 0).all()  # all 40 come among 400 draws; false alarm: 1 in 600
+    scene = sprites.scenery(Rng.keyed(keys), 2, found, 6, 0.0, torch.zeros(400))
+    assert torch.allclose(scene[:, 1], found)
+    one, two = make(backdrop="image").batch(0), make().batch(0)
+    assert torch.equal(one["masks"][:, :, :, :3], two["masks"][:, :, :, :3])
+    assert not torch.equal(one["frames"], two["frames"])
 
 
 def test_labels_counted_without_painting_are_those_of_the_batches() -> None:
