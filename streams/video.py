@@ -35,7 +35,7 @@ from cl_sim.types import Batch, Field
 
 HELD_OUT = 5  # every fifth video is a test video, where no test file is annotated
 KEPT = 256  # decoded frames
-FRAMES = ("JPEGImages", "train/JPEGImages", "valid/JPEGImages", ".")  # where frames may be, beside the annotations
+FRAMES = ("JPEGImages", "train/JPEGImages", "valid/JPEGImages", "test/JPEGImages", "train", "valid", "test", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,19 @@ class VideoConfig:
 class Source:
     """Videos of one file with their frames, fitted into one size.
 
+    Frames are looked for in the usual places, beside the file and in the folder of the set.
+
     Raises: BadData if the first frame is nowhere.
     """
 
-    def __init__(self, path: Path, cfg: VideoConfig) -> None:
+    def __init__(self, folder: Path, name: str, cfg: VideoConfig) -> None:
+        path = folder / name
         self.truth, self.height, self.width = read(path), cfg.height, cfg.width
         first = self.truth.videos[0].files[0]
-        places = [path.parent / place for place in (f"{path.stem}/JPEGImages", *FRAMES)]
+        places = [base / place for base in dict.fromkeys((path.parent, folder)) for place in FRAMES]
         found = next((place for place in places if (place / first).is_file()), None)
         if found is None:
-            raise BadData(f"{path} names the frame {first}, which is not in {places[1]}; put the videos' folders there")
+            raise BadData(f"{path} names the frame {first}, which is not in {places[0]}; put the videos' folders there")
         self.folder = found
         self.frame = lru_cache(KEPT)(self._frame)
         self.masks = lru_cache(KEPT)(self._masks)
@@ -147,9 +150,9 @@ class Videos:
     ) -> None:
         self.cfg, self.seeds, self.device, self.batch_size = cfg, seeds, device, cfg.batch
         folder = find(cfg.data, data)
-        self.source = Source(folder / cfg.train, cfg)
-        self.still = Source(folder / cfg.stills, cfg) if cfg.stills else None
-        given = Source(folder / cfg.test, cfg) if cfg.test else None
+        self.source = Source(folder, cfg.train, cfg)
+        self.still = Source(folder, cfg.stills, cfg) if cfg.stills else None
+        given = Source(folder, cfg.test, cfg) if cfg.test else None
         self.silent = given is not None and not given.truth.annotated
         self.tested = self.source if given is None or self.silent else given
         for one in (self.source, self.still):

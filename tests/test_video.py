@@ -330,6 +330,25 @@ def test_frames_and_rows_of_a_video_are_those_of_its_file(tmp_path: Path) -> Non
     assert np.array_equal(stream.original(mask, video), mask[:, :12].numpy())
 
 
+@pytest.mark.parametrize(
+    ("frames", "file"),
+    [
+        ("train/JPEGImages", "train.json"),  # YouTube-VIS 2019
+        ("train/JPEGImages", "annotations/instances_train_sub.json"),
+        ("train/JPEGImages", "train/instances.json"),  # 2021
+        ("train", "annotations_train.json"),  # OVIS
+    ],
+)
+def test_frames_are_found_where_the_data_sets_have_them(frames: str, file: str, tmp_path: Path) -> None:
+    made_up(tmp_path)
+    (tmp_path / frames).parent.mkdir(exist_ok=True)
+    (tmp_path / "JPEGImages").rename(tmp_path / frames)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / "instances_train.json").rename(tmp_path / file)
+    stream = stream_of(tmp_path, train=file)
+    assert stream.source.folder == tmp_path / frames
+
+
 def test_frames_are_fitted_without_distortion_and_masks_go_with_them(tmp_path: Path) -> None:
     made_up(tmp_path)
     chunk = next(stream_of(tmp_path, height=32, width=24).holdout().chunks(0, True))
