@@ -73,6 +73,8 @@ def beside(rng: Rng, boxes: Tensor, count: int, size: Tensor, height: int, width
 
     Shapes: boxes [N, T, G, 4], size [N] -> [N, T, count, 4].
     """
+    if count == 0:
+        return boxes[:, :, :0]
     frames, tries = boxes.shape[1], TRIES * count
     u = rng.uniform(frames, tries, 4)
     sides = size[:, None, None, None] * (0.7 + 0.6 * u[..., :2])

@@ -115,3 +115,11 @@ def test_neighbouring_runs_and_counters_are_uncorrelated() -> None:
     for one, two in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1])):
         correlation = float((one * two).mean() * 12)
         assert abs(correlation) < 4.5 / math.sqrt(one.numel())
+
+
+def test_keyed_sequences_are_those_of_their_keys_from_the_beginning() -> None:
+    plain = Rng((3, 9), "clips")
+    first = plain.bits(4, 2)
+    keyed = Rng.keyed(plain.key.flip(0))
+    assert torch.equal(keyed.bits(4, 2), first.flip(0))
+    assert not torch.equal(keyed.bits(4, 2), first.flip(0))

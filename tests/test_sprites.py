@@ -418,3 +418,23 @@ def test_describe_draws_the_first_clip(name: str, tmp_path: Path) -> None:
             assert drawn.size == (4 * 80 + 3 * 2, 160)  # four frames side by side, in pairs, twice their size
         else:
             assert (drawn.size, getattr(drawn, "n_frames", 1)) == ((80, 160), 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"background": 0, "instances": 1, "train_errors": 1.0},
+        {"canvas": 13, "train_errors": 1.0},  # no room beside the instances
+        {"motion": "exit", "leaves": 1.0, "frames": 2, "noise": 0.0, "tint": 0.0},
+        {"silhouette": "ellipse", "wave": 2.0, "same_class": 1.0, "batch": 1, "clips": 1},
+    ],
+)
+def test_unusual_settings_give_batches_of_their_fields(settings: dict[str, Any]) -> None:
+    stream = make(**settings)
+    batch = stream.batch(len(stream) - 1)
+    for key, field in stream.fields.items():
+        assert batch[key].shape[2:] == field.shape
+    box = batch["boxes"]
+    assert (box[..., 2:] >= box[..., :2]).all()
+    assert (box[batch["present"]][:, 2:] > box[batch["present"]][:, :2]).all()
+    assert not batch["masks"][(box[..., 2] == 0)].any()
