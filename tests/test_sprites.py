@@ -36,6 +36,16 @@ def make(seeds: tuple[int, ...] = (0,), iid: bool = False, **settings: Any) -> S
     return Sprites(SpritesConfig(**{**SMALL, **settings}), seeds, CPU, iid=iid)
 
 
+def deviations(found: Tensor, rate: float) -> float:
+    """How far a share is from its rate, in standard deviations of independent trials."""
+    return (float(found.float().mean()) - rate) / math.sqrt(rate * (1 - rate) / found.numel())
+
+
+def errors(seen: boxes.Candidates, instances: int) -> tuple[Tensor, ...]:
+    """Which instances are missed, which are doubled, and which false boxes there are."""
+    return (~seen.present[:, :, :instances], *seen.present[:, :, instances:].split(instances, 2))
+
+
 def random_sheet(rng: np.random.Generator, count: int, channels: int, side: int) -> sprites.Sheet:
     pixels = torch.from_numpy(rng.integers(0, 256, (count, channels, side, side), dtype=np.uint8))
     masks = torch.from_numpy(rng.random((count, side, side)) < 0.7)
@@ -137,7 +147,7 @@ def test_a_clip_is_the_same_beside_other_clips() -> None:
 
 def test_a_strategy_remembers_clips_by_their_numbers_alone() -> None:
     settings = {"strategy": {"name": "ctvis", "capacity": 6, "replay": 2}, "stream": {"name": "sprites", **SMALL}}
-    config = from_dict({**settings, "encoder": {"name": "crop"}, "seeds": [0, 1], "stack": 2})
+    config = from_dict({**settings, "encoder": {"name": "crop"}, "seeds": [0], "stack": 1})
     stream = session.build_stream(config, config.seeds)
     strategy = session.build_strategy(config, stream, config.seeds)
     for step in range(3):
@@ -219,8 +229,9 @@ def test_an_instance_is_away_as_often_and_as_long_as_is_said() -> None:
     ones = torch.ones(n)
     pose = sprites.poses(Rng.keyed(torch.arange(n)), frames, g, 96, 24, ones, ones, 0.3, "bounce")
     away = pose.hidden.sum(1)
-    share = float((away > 0).float().mean())
-    assert abs(share - 0.3) < 4.5 * math.sqrt(0.21 / (n * g))  # false alarm: 7 in a million
+    assert abs(deviations(away > 0, 0.3)) < 4.5  # false alarm: 7 in a million
+    more = sprites.poses(Rng.keyed(torch.arange(n)), frames, g, 96, 24, ones, ones, 0.4, "bounce")
+    assert deviations(more.hidden.any(1), 0.3) > 6  # the check has teeth
     starts = pose.hidden[:, 1:] & ~pose.hidden[:, :-1]
     assert (starts.sum(1) <= 1).all()
     inner = away[(away > 0) & ~pose.hidden[:, -1]]
@@ -253,10 +264,10 @@ def test_a_detector_errs_as_often_as_is_said() -> None:
     present = torch.ones(n, t, g, dtype=torch.bool)
     true = boxes.rows(around, masks, torch.zeros(n, g, dtype=torch.int64), present, torch.zeros(n, t, 0, 4))
     seen = boxes.detected(Rng.keyed(torch.arange(n)), true, g, 2.0)
-    cells = n * t * g
-    twice, false = seen.present[:, :, g:].split(g, 2)
-    for wrong, rate in ((~seen.present[:, :, :g], 0.1), (twice, 0.09), (false, 0.1)):  # only what is seen is seen twice
-        assert abs(float(wrong.float().mean()) - rate) < 4.5 * math.sqrt(0.09 / cells)  # false alarm: 7 in a million
+    for found, rate in zip(errors(seen, g), (0.1, 0.09, 0.1), strict=True):  # only what is seen is seen twice
+        assert abs(deviations(found, rate)) < 4.5  # false alarm: 7 in a million
+    for found in errors(boxes.detected(Rng.keyed(torch.arange(n)), true, g, 4.0), g):
+        assert deviations(found, 0.1) > 6  # the check has teeth
     kept = seen.present[:, :, :g]
     off = (seen.boxes[:, :, :g] - around)[kept]
     inner = off[:, 2].reshape(-1)  # right edges, of which none is at the border
