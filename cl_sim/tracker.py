@@ -90,6 +90,16 @@ def overlap_of(masks: Tensor, others: Tensor) -> Tensor:
     return torch.where(union > 0, (both + TINY) / (union + TINY), 0)
 
 
+def box_overlap(boxes: Tensor) -> Tensor:
+    """Intersection over union of every two boxes; 0 where one has no area.    Shapes: [N, 4] x0, y0, x1, y1 -> [N, N]."""
+    low = torch.maximum(boxes[:, None, :2], boxes[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
+    union = area[:, None] + area - both
+    return both / torch.where(union > 0, union, torch.ones_like(union))
+
+
 def select(tracks: Tracks, candidates: Tensor, order: Tensor, valid: Tensor, cfg: TrackerConfig) -> Tensor:
     """The slot of the track that each candidate continues, -1 for none, greedily in the given order.
 

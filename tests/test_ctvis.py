@@ -464,6 +464,38 @@ def test_toy_clips_are_the_same_whenever_they_are_asked_for(seed: int, kind: str
     assert np.array_equal(one.seen(0), [[True, False]])
 
 
+class Featured(ToyClips):
+    """Clips that bring features of their boxes, and neither frames nor masks."""
+
+    def __init__(self, cfg: ToyClipsConfig, seeds_: tuple[int, ...], device: torch.device) -> None:
+        super().__init__(cfg, seeds_, device)
+        self.all_fields = dict(self.fields)
+        rows = self.fields["instance"].shape
+        left = {key: field for key, field in self.fields.items() if key not in ("frames", "masks")}
+        self.fields = {**left, "features": Field((*rows, 12), torch.float32)}
+
+    def _stacked(self, runs: list[list[dict[str, Any]]]) -> Batch:
+        kept, self.fields = self.fields, self.all_fields
+        batch = super()._stacked(runs)
+        self.fields = kept
+        return {**{key: batch[key] for key in kept if key != "features"}, "features": knowing(batch)}
+
+
+def test_given_features_are_tracked_without_frames_or_masks() -> None:
+    stream = Featured(ToyClipsConfig(), (0, 1), CPU)
+    plan = {
+        "strategy": {"name": "ctvis", "min_cosine": 0.5},
+        "stream": {"name": "synthetic"},
+        "encoder": {"name": "given"},
+    }
+    config = from_dict({**plan, "seeds": [0, 1]})
+    strategy = session.build_strategy(config, stream, config.seeds)
+    logs = strategy.observe(stream.batch(0))
+    assert logs["embed"].max() < 0.1, "they know their instance already"
+    found = evaluate_all(strategy, stream.holdout(), 1, full=True)["assa"]
+    assert (found > 0.98).all()  # less than 1 where two boxes overlap by more than 0.6: one is suppressed
+
+
 # pictures
 
 

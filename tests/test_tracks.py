@@ -36,6 +36,7 @@ from cl_sim.testing import NoHostReads
 from cl_sim.tracker import (
     TrackerConfig,
     advance,
+    box_overlap,
     follow,
     hashed,
     mask_overlap,
@@ -627,6 +628,14 @@ def test_duplicates_are_suppressed_best_first() -> None:
     assert suppress(overlap, torch.tensor([0, 1, 2, 3]), every, 0.6).tolist() == [True, False, True, True]
     assert suppress(overlap, torch.tensor([1, 0, 2, 3]), every, 0.6).tolist() == [False, True, True, True]
     assert suppress(overlap, torch.tensor([0, 1, 2, 3]), every, 0.7).all()
+
+
+def test_boxes_overlap_by_their_shared_area() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [8, 8, 9, 9], [0, 0, 0, 0]])
+    found = box_overlap(boxes)
+    assert found[0].tolist() == pytest.approx([1, 1 / 3, 0, 0])
+    assert found[3].tolist() == [0] * 4
+    assert torch.equal(found, found.T)
 
 
 def test_short_tracks_are_filtered_only_after_the_warm_up() -> None:

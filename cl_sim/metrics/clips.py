@@ -28,7 +28,7 @@ from cl_sim.metrics.association import (
     recovered,
     video_ap,
 )
-from cl_sim.tracker import TrackerConfig, follow, hashed, mask_overlap, order_of, overlap_of, suppress
+from cl_sim.tracker import TrackerConfig, box_overlap, follow, hashed, mask_overlap, order_of, overlap_of, suppress
 from cl_sim.types import Batch
 
 Candidates = Callable[[Tensor, Batch], tuple[Tensor, Batch]]  # the answers of a net that proposes instances, as rows
@@ -61,7 +61,10 @@ class Tracked:
         emb, valid = output[..., :dim].flatten(0, 1), flat["present"]
         scores = flat["score"].to(emb.dtype) if "score" in flat else torch.ones_like(valid, dtype=emb.dtype)
         tie = vmap(lambda clip: hashed(clip, frames, rows))(flat["clip"])
-        overlap = vmap(vmap(mask_overlap))(flat["masks"] & valid[..., None, None])
+        if "masks" in flat:
+            overlap = vmap(vmap(mask_overlap))(flat["masks"] & valid[..., None, None])
+        else:
+            overlap = vmap(vmap(box_overlap))(flat["boxes"] * valid[..., None])
         if cfg.suppress < 1:
             order = vmap(vmap(order_of))(scores, valid, tie)
             valid = vmap(vmap(partial(suppress, limit=cfg.suppress)))(overlap, order, valid)
@@ -116,7 +119,7 @@ class Association:
     """All association metrics per run and split, over whole clips. It works on the host: evaluation is no part of a step.
 
     `dim` is the width of the embedding; what follows it in the output are class scores, from which the tracks' classes and the
-    video AP are made.
+    video AP are made. Clips without masks are compared by their boxes, and have no tubes.
     """
 
     def __init__(
@@ -151,7 +154,7 @@ class Association:
             for clip in range(output.shape[1]):
                 if counted[run, clip]:
                     found = self._measure(made, batch, run, clip)
-                    if output.shape[-1] > dim:
+                    if output.shape[-1] > dim and "masks" in batch:
                         found |= _classes(made, output[run, clip, ..., dim:], batch, run, clip)
                     self.clips[run][int(split[run, clip])].append(found)
 
