@@ -37,6 +37,8 @@ from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
 from cl_sim.tracker import TrackerConfig
 from cl_sim.tracking import film
+from cl_sim.tracking.journal import Journal
+from cl_sim.tracking.mlflow import values_of
 from cl_sim.types import Batch, Field
 from strategies.ctvis import CTVIS, CTVISConfig, clip_items
 
@@ -570,3 +572,44 @@ def test_the_same_seed_gives_the_same_clips_and_losses() -> None:
         losses.append([made.strategy.observe(made.stream.batch(step))["loss"] for step in range(3)])
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert not torch.equal(losses[0][2][0], losses[0][2][1]), "another seed gives others"
+
+
+# records
+
+
+def test_every_metric_of_an_evaluation_is_logged_as_the_mean_over_seen_splits() -> None:
+    line = {
+        "kind": "evaluation",
+        "samples": 8,
+        "time": 0,
+        "task_end": True,
+        "measure": "assa",
+        "accuracy": [[0.5, 0.1], [0.7, None]],
+        "seen": [[True, True], [True, False]],
+        "idf1": [[0.4, 0.2], [0.6, None]],
+        "reid_over_20": [[None, None], [None, None]],
+    }
+    found = values_of(line)
+    assert found.keys() == {"assa_seen", "idf1_seen"}
+    assert found["idf1_seen"] == pytest.approx([0.3, 0.6])
+
+
+def test_a_finished_run_on_sprites_sums_up_its_association_and_draws_a_clip(tmp_path: Path) -> None:
+    made = sprites(w_class=0.5)
+    plan = session.Plan.of(made.stream, per_task=1, prequential=1, flush_every=2, save_every=10)
+    place = session.Place(tmp_path, "test")
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        progress = session.run(made.stream, made.strategy, plan, journal, place)
+    assert progress is not None
+    values = session.summarise(tmp_path, made.strategy, made.stream, progress)
+    for name in (
+        "assa_end",
+        "idf1_end",
+        "idsw_per_100_end",
+        "reid_end",
+        "association_prequential",
+        "class_accuracy_end",
+    ):
+        assert len(values[name]) == 2, name
+    assert 0 < values["assa_end"][0] <= 1
+    assert math.isnan(values["reid_over_20_end"][0])  # clips of 6 frames have no such gap
