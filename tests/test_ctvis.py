@@ -14,7 +14,7 @@ from hypothesis.strategies import integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import annotations, encoders, session, testing
+from cl_sim import annotations, encoders, preset, session, testing
 from cl_sim.clips import Roll, backgrounds, roll, visible
 from cl_sim.config import from_dict
 from cl_sim.encoders.instances import (
@@ -613,3 +613,11 @@ def test_a_finished_run_on_sprites_sums_up_its_association_and_draws_a_clip(tmp_
         assert len(values[name]) == 2, name
     assert 0 < values["assa_end"][0] <= 1
     assert math.isnan(values["reid_over_20_end"][0])  # clips of 6 frames have no such gap
+
+
+def test_the_arms_of_the_sprites_differ_in_one_thing_each() -> None:
+    bank = preset.read("ctvis-bank-sprites")
+    for arm, change in (("pair", {"items": "pair"}), ("pairs", {"items": "pairs"}), ("noise", {"noise_prob": 0.05})):
+        other = preset.read(f"ctvis-{arm}-sprites")
+        assert other == {**bank, "strategy": {**bank["strategy"], **change}}
+        assert preset.filed(f"ctvis-{arm}-sprites") == ("sprites", f"ctvis-{arm}")
