@@ -22,7 +22,7 @@ from cl_sim.memory.reservoir import Reservoir
 from cl_sim.randaugment import strong
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, join, per_run
-from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
+from cl_sim.sample_adaptive import AdaptiveConfig, SampleAdaptive
 from cl_sim.strategy import Env
 from cl_sim.types import Batch, Field, Logs
 
@@ -78,17 +78,17 @@ class Pools(nn.Module):
         self.cfg, self.env = cfg, env
         fields = {**env.fields, "is_labelled": Field((), torch.bool)}
         self.memory = Reservoir(cfg.capacity, fields, env.rng)
-        adaptive = AdaptiveReplayConfig(
-            saa=("ssl" if cfg.saa_arm == "method" else cfg.saa_arm) if cfg.saa else "off",
-            saa_levels="ssl" if cfg.saa and cfg.saa_arm != "method" else "replay",
-            capacity=cfg.capacity,
-            replay=cfg.unlabelled,
-            history_decay=cfg.history_decay,
-            selection_period=cfg.selection_period,
-            warmup_steps=cfg.warmup_steps,
-            min_visits=cfg.min_visits,
-        )
-        self.saa = SampleAdaptive(adaptive, env, self.memory)
+        self.saa: SampleAdaptive | None = None
+        if cfg.saa:
+            adaptive = AdaptiveConfig(
+                saa="ssl" if cfg.saa_arm == "method" else cfg.saa_arm,
+                saa_levels="replay" if cfg.saa_arm == "method" else "ssl",
+                history_decay=cfg.history_decay,
+                selection_period=cfg.selection_period,
+                warmup_steps=cfg.warmup_steps,
+                min_visits=cfg.min_visits,
+            )
+            self.saa = SampleAdaptive(adaptive, env, self.memory, cfg.unlabelled)
         self.draw = Rng(env.seeds, "strong views", env.device)
 
     @property
@@ -115,7 +115,7 @@ class Pools(nn.Module):
         """Strong views, joined for naive samples of the memory, then the weak ones.    Shapes: -> [R, B + B_u, C, H, W]."""
         x = both["x"]
         out = strong(x, self.draw)
-        if self.cfg.saa:
+        if self.saa is not None:
             fresh = torch.zeros_like(both["is_labelled"][:, : x.shape[1] - slot.shape[1]])  # no history: not naive
             hard = torch.cat([fresh, self.saa.hard(slot)], 1)
             out = torch.where(hard[..., None, None, None], self.saa.joined(out, x), out)
@@ -127,13 +127,13 @@ class Pools(nn.Module):
 
     def note(self, slot: Tensor, each: Tensor) -> None:
         """Remember the losses of the recalled samples, sure or not.    Shapes: slot [R, B_u], each [R, B + B_u]."""
-        if self.cfg.saa and self.memory.table is not None:
-            self.memory.table.visit(slot, each[:, each.shape[1] - slot.shape[1] :].detach(), self.cfg.history_decay)
+        if self.saa is not None:
+            self.saa.table.visit(slot, each[:, each.shape[1] - slot.shape[1] :].detach(), self.cfg.history_decay)
 
     def add(self, new: Batch) -> Logs:
         """Remember the new batch; select, if it is time.    Shapes: -> each [R]."""
         self.memory.add(new)
-        return self.saa.tick()
+        return {} if self.saa is None else self.saa.tick()
 
 
 def in_one_pass(net: Lift, *views: Tensor) -> tuple[Tensor, ...]:

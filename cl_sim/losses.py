@@ -66,6 +66,11 @@ def supcon(z: Tensor, y: Tensor, tau: float) -> Tensor:
     return (per_anchor * paired).sum() / paired.sum().clamp(min=1)
 
 
+def supcon_each(z: Tensor, y: Tensor, tau: float) -> Tensor:
+    """What each anchor adds to `supcon`; 0 for one without a positive.    Shapes: z [N, D] unit rows, y [N] -> [N]."""
+    return _contrast(z, y, len(y), tau)
+
+
 def _contrast(elements: Tensor, labels: Tensor, anchors: int, tau: float) -> Tensor:
     """Minus the mean log-share of the positives of the first elements, each left out of its own set; 0 without positives.
 

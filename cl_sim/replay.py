@@ -1,7 +1,8 @@
 """What the replay strategies share: their common settings, and the tricks that go with any of them.
 
 Source: Mai et al. 2022, "Online Continual Learning in Image Classification: An Empirical Survey" (multiple iterations, review
-trick, nearest class mean); Rebuffi et al. 2017, "iCaRL" (nearest mean of exemplars).
+trick, nearest class mean); Rebuffi et al. 2017, "iCaRL" (nearest mean of exemplars); Gui et al. 2023, "Enhancing Sample
+Utilization through Sample Adaptive Augmentation in Semi-Supervised Learning" (`saa`, here for any replay).
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import unit
 from cl_sim.errors import BadConfig
 from cl_sim.memory.rows import Rows
-from cl_sim.runs import Lift, join
+from cl_sim.runs import Lift, join, per_run
+from cl_sim.sample_adaptive import AdaptiveConfig, SampleAdaptive
 from cl_sim.strategy import Env
-from cl_sim.types import Batch
+from cl_sim.types import Batch, Logs
+
+cross_entropy = per_run(F.cross_entropy)
 
 CHUNK = 250  # memory rows encoded at a time
 REVIEW = 0.1  # how much smaller the gradients of a review are: the survey's tenth
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
+class ReplayConfig(AdaptiveConfig):
     """Settings of every strategy that replays from a reservoir."""
 
     capacity: int = 1000  # samples kept per run
@@ -39,6 +44,7 @@ class ReplayConfig:
     mask_unseen: bool = False  # never answer a class that has not come yet
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, capacity=1, replay=1, lr=0, replay_steps=1)
 
 
@@ -68,15 +74,26 @@ def replay_loss(
 
 
 class Tricks(nn.Module):
-    """Read-out and review of one replay strategy, whose net has the parts `encoder` and `head`.
+    """Read-out, review and sample-adaptive views of one replay strategy, whose net has the parts `encoder` and `head`.
 
-    Raises: BadConfig for a review that nothing would announce.
+    A strategy that hands over its memory takes `saa`: it passes what it recalls through `harder` before its own views, tells
+    `judge` how well the net did on them, and adds `tick` to its logs. The others refuse the setting.
+
+    Raises: BadConfig for a review that nothing would announce, and for `saa` without a memory.
     """
 
     seen: Tensor  # [R, C] bool
 
-    def __init__(self, cfg: ReplayConfig, env: Env) -> None:
+    def __init__(self, cfg: ReplayConfig, env: Env, memory: Rows | None = None) -> None:
         super().__init__()
+        self.adaptive: SampleAdaptive | None = None
+        if cfg.saa != "off":
+            if memory is None:
+                raise BadConfig(
+                    f"saa is '{cfg.saa}', but this strategy does not learn recalled samples by views of their own; leave "
+                    "strategy.saa out, or choose another strategy (cl-sim list strategies)"
+                )
+            self.adaptive = SampleAdaptive(cfg, env, memory, cfg.replay)
         if cfg.review != "never" and not env.announces:
             raise BadConfig(
                 f"strategy.review is '{cfg.review}', but this stream announces no task boundaries; "
@@ -94,6 +111,25 @@ class Tricks(nn.Module):
     def note(self, new: Batch) -> None:
         """Remember which classes have come."""
         self.seen |= self.present(new)
+
+    def harder(self, old: Batch) -> Batch:
+        """Recalled samples, with `saa` at the levels of their slots; then come the strategy's own views."""
+        return old if self.adaptive is None else self.adaptive.harder(old)
+
+    @torch.no_grad()
+    def judge(self, view: Batch, logits: Tensor) -> None:
+        """With `saa`: note the loss of each recalled sample, the cross-entropy of the answers.    Shapes: logits [R, B, C]."""
+        if self.adaptive is not None:
+            self.adaptive.note(view, cross_entropy(logits, view["y"], reduction="none"), self.seen)
+
+    def judge_by(self, view: Batch, loss: Tensor) -> None:
+        """The same for a method without class scores, by its own loss of each sample.    Shapes: loss [R, B]."""
+        if self.adaptive is not None:
+            self.adaptive.note(view, loss, self.seen)
+
+    def tick(self) -> Logs:
+        """A step has been made: with `saa`, select if it is time, and say how it stands.    Shapes: -> each [R]."""
+        return {} if self.adaptive is None else self.adaptive.tick()
 
     def scores(self, net: Lift, memory: Rows | None, x: Tensor) -> Tensor:
         """The answer of the net, or of the class means of the memory.    Shapes: x [R, B, ...] -> [R, B, C]."""

@@ -110,7 +110,7 @@ class ASER(Strategy):
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.encode = self.net.part("encoder")
         self.memory = Rows(cfg.capacity, env.fields, env.rng)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -121,12 +121,12 @@ class ASER(Strategy):
     def observe(self, new: Batch) -> Logs:
         """One gradient step on recalled and new samples in one pass; then remember new samples worth more than old ones."""
         for _ in range(self.cfg.replay_steps):
-            both = join(self.recall(new), new) if len(self.memory) else new
-            loss = self.loss(both)
+            old = self.tricks.harder(self.recall(new)) if len(self.memory) else {}
+            loss = self.loss(join(old, new), old) if old else self.loss(new)
             self.descend(loss, self.sgd)  # theta <- SGD(B_M u B_n)
         self.remember(new)
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.tricks.tick()}
 
     def recall(self, new: Batch) -> Batch:
         """Once the memory is full, the candidates that help the memory and hurt the new batch most; before, any.
@@ -198,10 +198,13 @@ class ASER(Strategy):
             whole = in_chunks(self.encode, join(*batches)["x"])
         return torch.split(whole, [batch["y"].shape[1] for batch in batches], 1)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of one forward pass.    Shapes: -> [R]."""
+    def loss(self, batch: Batch, old: Batch | None = None) -> Tensor:
+        """Mean cross-entropy of one forward pass, whose first samples may be recalled ones.    Shapes: -> [R]."""
         view = self.env.augment(batch)
-        return cross_entropy(self.net(view["x"]), view["y"])
+        logits = self.net(view["x"])
+        if old is not None:
+            self.tricks.judge(old, logits[:, : old["y"].shape[1]])
+        return cross_entropy(logits, view["y"])
 
     def boundary(self) -> None:
         """Review the memory, if that is asked for."""

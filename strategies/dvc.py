@@ -65,7 +65,7 @@ class DVC(Strategy):
         self.net = env.lift(lambda: DualClassifier(env.encoder(), env.classes, cfg.width))
         self.joint = self.net.part("joint")
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -75,41 +75,42 @@ class DVC(Strategy):
 
     def observe(self, new: Batch) -> Logs:
         """One gradient step on both views of the new batch and of the samples it would disturb most; then remember it."""
-        views = join(new, self.env.augment(new))  # [R, 2B], the raw image first
+        fresh = self.env.augment(new)
         for _ in range(self.cfg.replay_steps):
-            loss = self.loss(views)
+            loss = self.loss(new, fresh)
             whole = gradient(loss, self.net)  # [R, P]
             if len(self.memory):
-                recalled = self.loss(self.retrieve(whole))
+                recalled = self.loss(*self.retrieve(whole))
                 whole = whole + gradient(recalled, self.net)
                 loss = loss + recalled
             put(whole, self.net)
             self.sgd.step()
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **self.tricks.tick()}
 
-    def loss(self, views: Batch) -> Tensor:
-        """Cross-entropy, spread and agreement of two views, which take one forward pass.    Shapes: x [R, 2B, ...] -> [R]."""
-        z, other = self.net(views["x"]).chunk(2, 1)  # [R, B, C] each
+    def loss(self, raw: Batch, changed: Batch) -> Tensor:
+        """Cross-entropy, spread and agreement of two views, which take one forward pass.    Shapes: x [R, B, ...] -> [R]."""
+        z, other = self.net(join(raw, changed)["x"]).chunk(2, 1)  # [R, B, C] each
         joint = self.joint(torch.cat([z, other], -1))
-        return consistency(z, other, joint, views["y"].chunk(2, 1)[0], weight=self.cfg.agreement)
+        self.tricks.judge(changed, other)
+        return consistency(z, other, joint, raw["y"], weight=self.cfg.agreement)
 
     @torch.no_grad()
-    def retrieve(self, coming: Tensor) -> Batch:
-        """Both views of the candidates whose impact a step along this gradient raises most.    Shapes: [R, P] -> [R, 2n, ...]."""
+    def retrieve(self, coming: Tensor) -> tuple[Batch, Batch]:
+        """Both views of the candidates whose impact a step along this gradient raises most.    Shapes: [R, P] -> [R, n, ...]."""
         encode, head = (ahead(self.net, coming, self.cfg.lr, part) for part in ("encoder", "head"))  # theta^v
         raw = self.memory.sample(self.cfg.candidates)
-        changed = self.env.augment(raw)
+        changed = self.env.augment(self.tricks.harder(raw))
         both = join(raw, changed)
         risen = impact(encode, head, both) - impact(self.net.part("encoder"), self.net.part("head"), both)  # [R, N]
         best = risen.topk(min(self.cfg.replay, risen.shape[1]), dim=1).indices
-        return join(pick(raw, best), pick(changed, best))
+        return pick(raw, best), pick(changed, best)
 
     def boundary(self) -> None:
         """Review the memory, if that is asked for."""
         for old in self.tricks.review(self.memory):
-            self.descend(REVIEW * self.loss(join(old, self.env.augment(old))), self.sgd)
+            self.descend(REVIEW * self.loss(old, self.env.augment(old)), self.sgd)
 
     def predict(self, batch: Batch) -> Tensor:
         """Class scores of the image itself.    Shapes: -> [R, B, C]."""

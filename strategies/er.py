@@ -19,9 +19,8 @@ from cl_sim.encoders.classifier import Classifier
 from cl_sim.errors import BadConfig
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, Tricks, replay_loss
+from cl_sim.replay import REVIEW, ReplayConfig, Tricks, replay_loss
 from cl_sim.runs import per_run
-from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
@@ -29,7 +28,7 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ERConfig(AdaptiveReplayConfig):
+class ERConfig(ReplayConfig):
     """Settings of experience replay."""
 
     joint_pass: bool = False  # one forward pass over new and old together
@@ -49,8 +48,7 @@ class ER(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.saa = SampleAdaptive(cfg, env, self.memory)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -66,13 +64,13 @@ class ER(Strategy):
             self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss, **self.saa.tick()}
+        return {"loss": loss, **self.tricks.tick()}
 
     def recalled_loss(self, old: Batch) -> Tensor:
         """Mean cross-entropy of recalled samples, in views made for each.    Shapes: -> [R]."""
-        view = self.saa.view(old)
+        view = self.env.augment(self.tricks.harder(old))
         logits = self.net(view["x"])
-        self.saa.note(view, logits, self.tricks.seen)
+        self.tricks.judge(view, logits)
         return cross_entropy(logits, view["y"])
 
     def loss(self, batch: Batch) -> Tensor:

@@ -20,9 +20,8 @@ from cl_sim.config import at_least
 from cl_sim.encoders.classifier import CosineClassifier
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, Tricks
+from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import per_run
-from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
@@ -30,7 +29,7 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ERACEConfig(AdaptiveReplayConfig):
+class ERACEConfig(ReplayConfig):
     """Settings of ER-ACE."""
 
     scale: float = 10.0  # of the cosine scores
@@ -49,8 +48,7 @@ class ERACE(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: CosineClassifier(env.encoder(), env.classes, cfg.scale))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.saa = SampleAdaptive(cfg, env, self.memory)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -65,14 +63,14 @@ class ERACE(Strategy):
             old = self.memory.sample(self.cfg.replay)  # B_M ~ M
             loss = cross_entropy(self.scores(new).masked_fill(masked[:, None], -torch.inf), new["y"])
             if len(self.memory):
-                view = self.saa.view(old)
+                view = self.env.augment(self.tricks.harder(old))
                 logits = self.net(view["x"])
                 loss = loss + cross_entropy(logits, view["y"])
-                self.saa.note(view, logits, self.tricks.seen)
+                self.tricks.judge(view, logits)
             self.descend(loss, self.sgd)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss, **self.saa.tick()}
+        return {"loss": loss, **self.tricks.tick()}
 
     def scores(self, batch: Batch) -> Tensor:
         """Scaled cosines of the augmented batch.    Shapes: -> [R, B, C]."""

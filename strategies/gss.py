@@ -54,7 +54,7 @@ class GSS(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Diverse(cfg.capacity, env.fields, env.rng)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -68,12 +68,15 @@ class GSS(Strategy):
             old = self.memory.sample(self.cfg.replay)  # B_M ~ M
             loss = self.loss(self.env.augment(new))
             if len(self.memory):
-                loss = loss + self.loss(self.env.augment(old))
+                view = self.env.augment(self.tricks.harder(old))
+                logits = self.net(view["x"])
+                loss = loss + cross_entropy(logits, view["y"])
+                self.tricks.judge(view, logits)
             self.descend(loss, self.sgd)  # theta <- SGD(B_n u B_M)
         with evaluating(self.net):
             self.memory.add({**new, **self.judge(new)})
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.tricks.tick()}
 
     def judge(self, new: Batch) -> Batch:
         """How much each new sample resembles the memory, and does the batch oppose it?    Shapes: -> score, conflicts [R, B]."""

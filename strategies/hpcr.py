@@ -67,7 +67,7 @@ class HPCR(Strategy):
         width = self.net.weight("head.weight").shape[-1]
         stored = {"logits": Field((env.classes,), torch.float32), "feature": Field((width,), torch.float32)}
         self.memory = Reservoir(cfg.capacity, {**env.fields, **stored}, env.rng, cfg.rule)
-        self.tricks, self.onset = Tricks(cfg, env), Onset(env, cfg.onset)
+        self.tricks, self.onset = Tricks(cfg, env, self.memory), Onset(env, cfg.onset)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=env.device))
 
@@ -91,12 +91,14 @@ class HPCR(Strategy):
         self.tricks.note(new)
         self.step += 1
         self.onset.tick()
-        return logs
+        return {**logs, **self.tricks.tick()}
 
     def learn(self, old: Batch, fresh: Batch) -> Logs:
         """One gradient step on recalled and fresh samples.    Shapes: -> each [R]."""
-        twice = join(old, self.env.augment(old))  # [R, 2M'], what was stored is the target of both views
+        view = self.env.augment(self.tricks.harder(old))
+        twice = join(old, view)  # [R, 2M'], what was stored is the target of both views
         recalled = self.features(twice)
+        self.tricks.judge(view, self.scores(recalled["f"].detach().chunk(2, 1)[1]))
         both = join(recalled, fresh)
         distill = self.distill(recalled, twice, both["y"])
         loss = temperature_factor(self.step, self.cfg.low, self.cfg.high, self.cfg.period) * self.contrast(both)

@@ -50,7 +50,7 @@ class MIR(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -64,14 +64,14 @@ class MIR(Strategy):
             loss = self.loss(new)
             whole = gradient(loss, self.net)  # [R, P]
             if len(self.memory):
-                recalled = self.loss(self.retrieve(whole))
+                recalled = self.recalled_loss(self.retrieve(whole))
                 whole = whole + gradient(recalled, self.net)
                 loss = loss + recalled
             put(whole, self.net)
             self.sgd.step()  # theta <- SGD(B_n u B_MC)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **self.tricks.tick()}
 
     @torch.no_grad()
     def retrieve(self, coming: Tensor) -> Batch:
@@ -82,6 +82,13 @@ class MIR(Strategy):
         before = cross_entropy(self.net(x), y, reduction="none")  # [R, N]
         harm = cross_entropy(look_ahead(x), y, reduction="none") - before
         return pick(candidates, harm.topk(min(self.cfg.replay, harm.shape[1]), dim=1).indices)
+
+    def recalled_loss(self, old: Batch) -> Tensor:
+        """Mean cross-entropy of recalled samples.    Shapes: -> [R]."""
+        view = self.env.augment(self.tricks.harder(old))
+        logits = self.net(view["x"])
+        self.tricks.judge(view, logits)
+        return cross_entropy(logits, view["y"])
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of one forward pass.    Shapes: -> [R]."""

@@ -79,7 +79,7 @@ class OCM(Strategy):
             raise BadConfig(f"strategy.width is {cfg.width}, but this encoder has only {self.features} features")
         self.previous = Previous(self.net)
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.adam = Adam(
             trainable(self.net),
             lr=cfg.lr,
@@ -101,7 +101,7 @@ class OCM(Strategy):
             self.descend(loss, self.adam)
         self.memory.add(new)
         self.tricks.note(new)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **self.tricks.tick()}
 
     def first_loss(self, new: Batch) -> Tensor:
         """The contrast of the new batch and its cross-entropy.    Shapes: -> [R]."""
@@ -124,7 +124,9 @@ class OCM(Strategy):
         contrast = contrast_pairs(now[0], views[0]["y"], tau=self.cfg.tau)
         contrast = contrast + contrast_labels(now[1], views[1]["y"], tau=self.cfg.tau)
         contrast = contrast + contrast_labels(then, recalled["y"], tau=self.cfg.tau)
-        logits = self.net(self.env.augment(old)["x"])
+        view = self.env.augment(self.tricks.harder(old))
+        logits = self.net(view["x"])
+        self.tricks.judge(view, logits)
         taught = self.previous(self.env.augment(old)["x"])  # a view of its own, as in the code
         return contrast + cross_entropy(logits, old["y"]) + gap(logits, taught, self.taught)
 

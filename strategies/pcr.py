@@ -3,7 +3,8 @@
 Source: Lin et al. 2023, "PCR: Proxy-based Contrastive Replay for Online Class-Incremental Continual Learning", and its code.
 Symbols: (x, y) -> new, (x_m, y_m) -> old, f -> fresh["f"], f_m -> recalled["f"], W -> proxies.
 Departures: none from the released code, whose later form masks unseen classes when answering (`mask_unseen=false`: the
-first form); its own reservoir rule is the default (`rule=vitter`: the textbook's).
+first form); its own reservoir rule is the default (`rule=vitter`: the textbook's). `saa` changes the augmented view, the raw
+image stays beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import CosineClassifier
-from cl_sim.losses import proxy_contrast
+from cl_sim.losses import cosine_scores, proxy_contrast
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
@@ -25,7 +26,7 @@ from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
-contrast = per_run(proxy_contrast)
+contrast, scores = per_run(proxy_contrast), per_run(cosine_scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class PCR(Strategy):
         self.net = env.lift(lambda: CosineClassifier(env.encoder(), env.classes, 1 / cfg.tau))
         self.encode = self.net.part("encoder")
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -71,12 +72,21 @@ class PCR(Strategy):
             fresh = self.features(views)  # a pass of its own: the new samples' BatchNorm statistics
             old = self.memory.sample(self.cfg.replay)
             if len(self.memory):
-                recalled = self.features(join(old, self.env.augment(old)))  # [R, 2M']
+                view = self.env.augment(self.tricks.harder(old))
+                recalled = self.features(join(old, view))  # [R, 2M']
+                self.judge(view, recalled)
                 loss = self.loss(join(recalled, fresh))
                 self.descend(loss, self.sgd)
         self.memory.add(new)
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.tricks.tick()}
+
+    def judge(self, view: Batch, recalled: Batch) -> None:
+        """Note how well the proxies answer the views, the second half of what was recalled.    Shapes: f [R, 2M', D]."""
+        answers = scores(
+            recalled["f"].detach().chunk(2, 1)[1], self.net.weight("head.weight").detach(), tau=self.cfg.tau
+        )
+        self.tricks.judge(view, answers)
 
     def features(self, views: Batch) -> Batch:
         """Labels and encoder features f of every view.    Shapes: -> y [R, N], f [R, N, D]."""

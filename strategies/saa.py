@@ -26,9 +26,8 @@ from cl_sim.adaptive import update_history as update_history
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
-from cl_sim.replay import REVIEW, Tricks
+from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import per_run
-from cl_sim.sample_adaptive import AdaptiveReplayConfig, SampleAdaptive
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
@@ -36,7 +35,7 @@ cross_entropy = per_run(F.cross_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAAConfig(AdaptiveReplayConfig):
+class SAAConfig(ReplayConfig):
     """Settings of replay with sample-adaptive augmentation."""
 
     saa: Literal["off", "replay", "replay-soft", "ssl", "none", "all", "random", "inverse"] = "replay"
@@ -52,8 +51,7 @@ class SAA(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.saa = SampleAdaptive(cfg, env, self.memory)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -68,14 +66,14 @@ class SAA(Strategy):
             fresh = self.env.augment(new)  # w(x)
             loss = cross_entropy(self.net(fresh["x"]), fresh["y"])
             if len(self.memory):
-                view = self.saa.view(old)  # s(x), joined where e_i = 1
+                view = self.env.augment(self.tricks.harder(old))  # s(x), joined where e_i = 1
                 logits = self.net(view["x"])
                 loss = loss + cross_entropy(logits, view["y"])
-                self.saa.note(view, logits, self.tricks.seen)  # h_i <- d h_i + (1 - d) c_i
+                self.tricks.judge(view, logits)  # h_i <- d h_i + (1 - d) c_i
             self.descend(loss, self.sgd)
         self.memory.add(new)
         self.tricks.note(new)
-        return {"loss": loss.detach(), **self.saa.tick()}  # T = Otsu(h); e_i = 1 where h_i < T
+        return {"loss": loss.detach(), **self.tricks.tick()}  # T = Otsu(h); e_i = 1 where h_i < T
 
     def boundary(self) -> None:
         """Review the memory on the strategy's own views, if that is asked for."""

@@ -5,7 +5,8 @@ Class-Incremental Continual Learning", and its code.
 Symbols: B_n -> new, B_M -> old, M -> memory, B_I -> both and its augmented view, tau -> tau.
 Departures: paper and code differ in the temperature, 0.1 in the paper's settings and 0.07 in the code's own, which is the
 default here; the review that the paper's settings add is off by default (`review=each`); a class without a sample in the
-memory is never answered, where the code answers a random direction; the reservoir is the textbook's (`rule=frozen`: the code's).
+memory is never answered, where the code answers a random direction; the reservoir is the textbook's (`rule=frozen`: the code's);
+with `saa`, a sample's loss is its own contrast (ours).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.optim import SGD
 from cl_sim.config import at_least
 from cl_sim.encoders.projector import Projector
 from cl_sim.errors import BadConfig
-from cl_sim.losses import supcon
+from cl_sim.losses import supcon, supcon_each
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
@@ -28,7 +29,7 @@ from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs
 
-contrast = per_run(supcon)
+contrast, contrast_each = per_run(supcon), per_run(supcon_each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class SCR(Strategy):
         super().__init__(cfg, env)
         self.net = env.lift(lambda: projector(env, cfg.width))
         self.memory = Reservoir(cfg.capacity, env.fields, env.rng, cfg.rule)
-        self.tricks = Tricks(cfg, env)
+        self.tricks = Tricks(cfg, env, self.memory)
         self.sgd = SGD(trainable(self.net), lr=cfg.lr)
 
     @property
@@ -73,22 +74,30 @@ class SCR(Strategy):
         for _ in range(self.cfg.replay_steps):
             old = self.memory.sample(self.cfg.replay)  # B_M ~ M
             if len(self.memory):
-                loss = self.loss(join(old, new))
+                harder = self.tricks.harder(old)
+                z, y = self.two_views(join(old, new), join(harder, new))
+                loss = contrast(z, y, tau=self.cfg.tau)
+                if self.tricks.adaptive is not None:
+                    each = contrast_each(z.detach(), y, tau=self.cfg.tau).chunk(2, 1)[1]  # of the augmented images
+                    self.tricks.judge_by(harder, each[:, : old["y"].shape[1]])
                 self.descend(loss, self.sgd)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
-        return {"loss": loss}
+        return {"loss": loss, **self.tricks.tick()}
 
-    def loss(self, both: Batch) -> Tensor:
-        """The contrast among all raw and augmented samples, which take a forward pass each.    Shapes: -> [R]."""
-        augmented = self.env.augment(both)
-        z = torch.cat([self.net(both["x"]), self.net(augmented["x"])], 1)  # [R, 2N, width]
-        return contrast(z, both["y"].repeat(1, 2), tau=self.cfg.tau)
+    def two_views(self, raw: Batch, harder: Batch) -> tuple[Tensor, Tensor]:
+        """Projections of raw samples, then of augmented ones (a forward pass each), and labels.
+
+        Shapes: [R, N, ...] -> [R, 2N, width], [R, 2N].
+        """
+        z = torch.cat([self.net(raw["x"]), self.net(self.env.augment(harder)["x"])], 1)
+        return z, raw["y"].repeat(1, 2)
 
     def boundary(self) -> None:
         """Review the memory, if that is asked for."""
         for old in self.tricks.review(self.memory):
-            self.descend(REVIEW * self.loss(old), self.sgd)
+            z, y = self.two_views(old, old)
+            self.descend(REVIEW * contrast(z, y, tau=self.cfg.tau), self.sgd)
 
     def predict(self, batch: Batch) -> Tensor:
         """Cosines to the class means of the encoder's features.    Shapes: -> [R, B, C]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import strategies.saa
 from cl_sim import encoders, engine, losses, randaugment, registry, session, timeline
 from cl_sim.adaptive import class_status, class_thresholds, otsu_threshold, update_flags, update_history
 from cl_sim.augment import flip, join_halves, pipeline
-from cl_sim.config import from_dict
+from cl_sim.config import from_dict, has_setting
 from cl_sim.consistency import labelled_loss
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.encoders.resnet import WideResNet
@@ -35,7 +36,15 @@ from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Stream, truth
-from cl_sim.testing import NoHostReads, Toy, toy, train
+from cl_sim.testing import (
+    NoHostReads,
+    Toy,
+    never_reads_the_host_once_steady,
+    resumes_bit_for_bit,
+    runs_do_not_touch_each_other,
+    toy,
+    train,
+)
 from cl_sim.types import Field
 from cl_sim.wrapped import by_name, column
 from streams.few_labels import FewLabels, FewLabelsConfig
@@ -801,7 +810,7 @@ def test_a_slot_that_was_not_recalled_often_enough_is_never_naive(arm: str) -> N
 def test_each_row_gets_the_views_of_its_level(levels: str, low: int, high: int) -> None:
     made, twin, other = replaying(saa=levels), Rng([0], "strong views"), Rng([0], "second strong views")
     x, hard = photos(20, 8, 8, seed=4), whole(2, 1, 20, seed=5).bool()
-    out = made.strategy.saa.at(x, hard)
+    out = made.strategy.tricks.adaptive.at(x, hard)
     a = randaugment.strong(x, twin)
     views = [x, a]
     if high == 2:
@@ -823,7 +832,7 @@ def test_the_new_batch_keeps_its_plain_views_whatever_is_flagged() -> None:
 
 
 def test_the_control_arms_flag_none_all_as_many_or_the_others() -> None:
-    made = {arm: replaying(saa=arm).strategy.saa for arm in ("none", "all", "random", "inverse", "replay")}
+    made = {arm: replaying(saa=arm).strategy.tricks.adaptive for arm in ("none", "all", "random", "inverse", "replay")}
     slot, known_ = torch.arange(40)[None], whole(3, 1, 40, seed=1) > 0
     naive, history = whole(2, 1, 40, seed=2).bool(), torch.zeros(1, 40)
     assert not made["none"].hard(slot).any()
@@ -860,7 +869,7 @@ def test_only_easy_views_count_where_that_is_asked_for() -> None:
     assert not made.strategy.memory.table.visits[:, :40].any()
     some = replaying(history_from="low")
     some.strategy.memory.table.naive.fill_(True)
-    hard = some.strategy.saa.hard(torch.zeros(1, 20_000, dtype=torch.int64))
+    hard = some.strategy.tricks.adaptive.hard(torch.zeros(1, 20_000, dtype=torch.int64))
     assert share_z(int(hard.sum()), 20_000, 0.8) < 4.5  # false alarm: 7 in a million
 
 
@@ -874,6 +883,50 @@ def test_logs_tell_the_share_of_naive_slots_and_of_those_that_changed() -> None:
         assert logs["saa_naive"].item() == pytest.approx(float(after.sum()) / len(made.strategy.memory))
         before = held
     assert before.any()
+
+
+PLUGGED = ("er", "er_ace", "saa", "mir", "gss", "aser", "derpp", "dvc", "ocm", "pcr", "hpcr", "scr")
+RECALL = {"scr": {"replay": 20, "width": 16, "lr": 0.03}, "ocm": {"replay": 10, "width": 16}, "dvc": {"candidates": 12}}
+RECALL |= {"mir": {"candidates": 12}, "hpcr": {"lr": 0.01}, "pcr": {"lr": 0.01}}
+
+
+def plugged(name: str, seeds_: tuple[int, ...] = (0,), **settings: Any) -> Toy:
+    own = {**SMALL, "selection_period": 4, "warmup_steps": 12, **RECALL.get(name, {}), **settings}
+    return toy(name, seeds_, {"strategy": own, "augment": ["flip"]})
+
+
+@pytest.mark.parametrize("name", PLUGGED)
+def test_any_replay_strategy_takes_the_plugin_and_is_itself_as_long_as_no_flag_is_set(name: str) -> None:
+    """Bit by bit as without it until the first flag, and different afterwards."""
+    plain, none, method = (plugged(name, saa=arm) for arm in ("off", "none", "replay"))
+    flagged = False
+    for step in range(len(plain.stream)):  # `ocm` recalls from the second task on only
+        for made in (plain, none, method):
+            train(made, step, step + 1)
+        flagged |= bool(method.strategy.memory.table.naive[:, :40].any())
+        assert alike(plain, none)
+        assert flagged or alike(plain, method), f"step {step}"
+        if flagged and not alike(plain, method):
+            break
+    assert flagged
+    assert not alike(plain, method)
+    history, visits = none.strategy.memory.table.history, none.strategy.memory.table.visits
+    assert bool(((history > 0) == (visits > 0))[:, :40].all())
+
+
+@pytest.mark.parametrize("check", [resumes_bit_for_bit, never_reads_the_host_once_steady, runs_do_not_touch_each_other])
+@pytest.mark.parametrize("name", [name for name in PLUGGED if name not in ("saa", "er_ace")])
+def test_a_strategy_with_the_plugin_keeps_its_promises(name: str, check: Callable[[Any], None]) -> None:
+    check(lambda seeds_: plugged(name, tuple(seeds_)))
+
+
+def test_strategies_that_do_not_learn_recalled_samples_by_views_refuse_the_plugin() -> None:
+    takers = {name for name in registry.names("strategy") if has_setting("strategy", name, "saa_levels")}
+    refusing = takers - set(PLUGGED)
+    assert {"agem", "icarl", "next_item"} <= refusing
+    for name in refusing:
+        with pytest.raises(BadConfig, match=r"leave strategy\.saa out"):
+            toy(name, (0,), {"strategy": {"saa": "replay"}})
 
 
 def test_samples_without_pixels_and_settings_without_effect_are_refused() -> None:

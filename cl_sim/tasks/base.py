@@ -38,6 +38,8 @@ class TaskConfig(ReplayConfig):
             )
         if self.capacity and not self.reads_memory:
             raise BadConfig(f"nothing reads the memory of {self.capacity} samples; set strategy.capacity=0 too")
+        if self.saa != "off":
+            raise BadConfig(f"saa is '{self.saa}', but this strategy makes no views of images; leave strategy.saa out")
 
     @property
     def reads_memory(self) -> bool:
