@@ -196,10 +196,12 @@ def class_incremental(
     seeds: Sequence[int],
     steps: Sequence[int],
     iid: bool,
+    passes: int = 1,
 ) -> tuple[NDArray[np.int64], tuple[int, ...]]:
     """Concatenate tasks of consecutive classes, each shuffled; with iid, the same samples in one shuffled order.
 
-    `rows_of_class[r][c]` are the training rows of class c for run r; `steps[t]` the length of task t in batches.
+    `rows_of_class[r][c]` are the training rows of class c for run r; `steps[t]` the length of task t in batches. With several
+    passes the samples of a task (with iid: all) come so many times, each time in a new order, before the next task begins.
 
     Shapes: orders [R, C] -> rows [R, N], ends [T].
     """
@@ -210,9 +212,16 @@ def class_incremental(
         for task, members in enumerate(np.split(order, len(steps))):
             pool = rng.permutation(np.concatenate([rows[c] for c in members]))
             parts.append(pool[: steps[task] * batch])
-        sequence = np.concatenate(parts)
-        whole.append(rng.permutation(sequence) if iid else sequence)
-    return np.stack(whole), tuple(int(end) - 1 for end in np.cumsum(steps))
+        again = host_rng(seed, "further passes")
+        if iid:
+            parts = [rng.permutation(np.concatenate(parts))]
+        whole.append(np.concatenate([one for part in parts for one in _repeated(part, passes, again)]))
+    return np.stack(whole), tuple(int(end) - 1 for end in np.cumsum(steps) * passes)
+
+
+def _repeated(rows: NDArray[np.int64], passes: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """The rows as they are, then again in new orders."""
+    return [rows, *(rng.permutation(rows) for _ in range(passes - 1))]
 
 
 def task_splits(orders: NDArray[np.int64], tasks: int, ends: Sequence[int], iid: bool) -> Splits:

@@ -1,4 +1,4 @@
-"""Class-incremental stream: tasks of disjoint classes one after the other, every sample once.
+"""Class-incremental stream: tasks of disjoint classes one after the other, every sample once (or in several passes).
 
 Source: Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory for Continual Learning", as replayed by the online code line
 (batches of 10, one epoch, shuffled class order per run, the incomplete last batch of a task dropped).
@@ -45,6 +45,7 @@ class SplitConfig:
     order: str = "shuffled"  # classes: shuffled per seed, fixed, or a list such as 3,1,0,2
     length: Literal["equal", "all"] = "equal"  # steps per task: the same in every class order, or every sample
     samples_per_task: int = 0  # at most so many; 0: no limit
+    passes: int = 1  # over the samples of each task, each in a new order; 1: online
     imbalance: float = 1.0  # long tail: how many times larger the largest class is than the smallest
     tail: Literal["ordered", "shuffled"] = "ordered"  # the first class to arrive is largest, or a fixed shuffle of that
     noise: float = 0.0  # probability that a training label is wrong
@@ -55,7 +56,7 @@ class SplitConfig:
     labels: str = ""  # FILE:COLUMN: labels to learn from (human ones, say); or a column of the set's own table
 
     def __post_init__(self) -> None:
-        at_least(self, tasks=0, batch=1, samples_per_task=0, imbalance=1, subset=1, size=0)
+        at_least(self, tasks=0, batch=1, samples_per_task=0, passes=1, imbalance=1, subset=1, size=0)
         within(self, 0, 1, "noise")
 
 
@@ -77,7 +78,9 @@ class Split(IndexedStream):
         pools = [long_tail(rows, order, seed, cfg) for order, seed in zip(self.orders, seeds, strict=True)]
         sizes = np.array([[len(of) for of in pool] for pool in pools])  # [R, C]
         steps = task_steps(sizes, self.orders, tasks, cfg)
-        sequence, ends = class_incremental(pools, self.orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid)
+        sequence, ends = class_incremental(
+            pools, self.orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid, passes=cfg.passes
+        )
         self.clean = y[sequence]  # [R, N], for measuring only
         noisy = [
             noisy_labels(given, classes, cfg.noise, cfg.noise_kind, host_rng(seed, "label noise")) for seed in seeds

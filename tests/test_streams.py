@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cl_sim.rng import Rng
 from cl_sim.stream import Stream
 from streams.blurry import Blurry, BlurryConfig, gaussian, i_blurry
 from streams.drift import Drift, DriftConfig
+from streams.few_labels import FewLabels, FewLabelsConfig
 from streams.split import Split, SplitConfig
 from streams.synthetic import Synthetic, SyntheticConfig
 from streams.tabular import Tabular, TabularConfig, running_scale
@@ -326,3 +328,33 @@ def test_the_timeline_counts_every_sample_and_draws_a_line_per_class() -> None:
     assert len(drawn) == 11
     assert drawn[0].startswith("       class 0 │")
     assert drawn[-1].count("╵") == 5
+
+
+@pytest.mark.parametrize("iid", [False, True])
+def test_passes_show_each_task_so_many_times_in_new_orders_and_begin_with_the_single_pass(iid: bool) -> None:
+    once, thrice = (Split(SplitConfig(tasks=5, passes=passes), (3, 4), CPU, iid=iid) for passes in (1, 3))
+    assert len(thrice) == 3 * len(once)
+    assert thrice.samples == 3 * once.samples
+    starts = [0, *(end + 1 for end in once.schedule.ends)] if not iid else [0, len(once)]
+    if not iid:
+        assert thrice.schedule.ends == tuple(3 * end + 2 for end in once.schedule.ends)
+    for run in range(2):
+        for first, last in itertools.pairwise(10 * start for start in starts):
+            own = once.schedule.rows[run, first:last]
+            parts = np.split(thrice.schedule.rows[run, 3 * first : 3 * last], 3)
+            assert np.array_equal(parts[0], own)
+            assert all(np.array_equal(np.sort(part), np.sort(own)) for part in parts)
+            assert not np.array_equal(parts[1], own)
+            assert not np.array_equal(parts[1], parts[2])
+
+
+def test_a_sample_is_labelled_in_every_pass_or_in_none() -> None:
+    settings = ("tasks=1", "passes=2")
+    stream = FewLabels(FewLabelsConfig(of="split-digits", settings=settings, per_class=3), (0,), CPU)
+    known: dict[int, list[bool]] = {}
+    for step in range(len(stream)):
+        batch = stream.batch(step)
+        for number, labelled in zip(batch["index"][0].tolist(), batch["is_labelled"][0].tolist(), strict=True):
+            known.setdefault(number, []).append(labelled)
+    assert all(len(seen) == 2 and len(set(seen)) == 1 for seen in known.values())
+    assert sum(seen[0] for seen in known.values()) == 30
