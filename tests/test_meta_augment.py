@@ -428,6 +428,22 @@ def test_contrasts_leave_the_statistics_of_batch_norm_to_the_task() -> None:
         assert_close(one, two)
 
 
+@pytest.mark.parametrize(
+    ("settings", "forward", "backward"),
+    [({"arm": "off"}, 1, 1), ({"arm": "data-only"}, 3, 3), ({}, 5, 3), ({"second_encoder_step": True}, 8, 6)],
+)
+def test_an_update_encodes_as_often_as_stated(settings: dict[str, Any], forward: int, backward: int) -> None:
+    made = after(classes(meta_replay=20, min_meta=30, **settings))
+    rows = []
+    made.strategy.task.net.net.encoder.register_forward_hook(lambda *call: rows.append(call[2]))
+    batch = made.stream.batch(12)
+    made.strategy.observe(batch)
+    whole = batch["y"].shape[1] + 10  # new and recalled
+    assert whole == 20
+    assert sum(len(row) for row in rows) == forward * whole
+    assert sum(len(row) for row in rows if row.requires_grad) == backward * whole
+
+
 def test_a_meta_step_waits_for_the_memory_and_for_its_turn() -> None:
     made = classes(min_meta=30, meta_every=3)
     turns = []
