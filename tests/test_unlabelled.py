@@ -20,6 +20,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.metrics import clustering, probe
 from cl_sim.stream import Stream
 from cl_sim.testing import Toy, train
+from cl_sim.tracking import plots
 from streams.unlabelled import Unlabelled, UnlabelledConfig, ranks
 
 F64 = torch.float64
@@ -243,6 +244,10 @@ def test_the_health_of_clusters_is_measured_with_labels_that_only_the_stream_kno
     clusters, labels = (rows[name][1].tolist() for name in ("cluster", "y"))
     assert health["cluster_purity"][1] == pytest.approx(references.purity(clusters, labels))
     assert health["memory_entropy"][1] == pytest.approx(references.entropy(labels) / np.log(4))
+
+
+def test_every_measure_has_words_for_its_pictures() -> None:
+    assert {one.name for one in measure.MEASURES.values()} <= plots.WORDS.keys()
 
 
 def test_vote_needs_labels() -> None:

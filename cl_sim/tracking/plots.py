@@ -20,7 +20,13 @@ Floats = NDArray[np.float64]
 LABELLED = 12  # cells per side that still get their number written in
 FEW = 20  # classes that still get a colour and a legend entry of their own
 WIDTH, HEIGHT = 6.4, 4.0  # inches
-WORDS = {"acc": "accuracy", "hr10": "HR@10", "assa": "AssA"}  # for what the matrix of evaluations holds
+WORDS = {
+    "acc": "accuracy",
+    "hr10": "HR@10",
+    "assa": "AssA",
+    "linear": "accuracy of a linear read-out",
+    "shot5": "5-shot accuracy",
+}  # for what the matrix of evaluations holds
 
 
 def draw_run(run_dir: Path) -> list[Path]:
