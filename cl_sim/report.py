@@ -378,7 +378,25 @@ def tables_from_results(folder: Path) -> str:
         for note in sorted({r["data_note"] for r in results if r.get("data_note")}):
             text += f"\nData: {note}\n"
         text += "\n" + "".join(_origin(result) for result in results)
+    return text + speed(folder / "speed.json")
+
+
+def speed(path: Path) -> str:
+    """The tables of `make bench`, each with where it was measured; nothing if there are none."""
+    if not path.is_file():
+        return ""
+    text = "\n# Speed\n\nMade by `make bench`; ratios are medians over rounds in which the cases took turns.\n"
+    for table in json.loads(path.read_text(encoding="utf-8"))["tables"].values():
+        rows = [table["columns"], *([_cell(value) for value in row] for row in table["rows"])]
+        origin = f"{table['machine']}, torch {table['torch']}, commit {table['commit'][:10]}"
+        text += f"\n## {table['title']}\n\n{table['note']}\n\n{markdown(rows)}\nMeasured on {origin}.\n"
     return text
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 def _differences(group: Sequence[Result]) -> str:

@@ -198,6 +198,24 @@ def test_the_document_compares_a_result_with_the_one_it_names(tmp_path: Path) ->
         report.tables_from_results(tmp_path)
 
 
+def test_the_document_ends_with_the_tables_of_the_benchmark(tmp_path: Path) -> None:
+    file(tmp_path, "er", ER)
+    assert "# Speed" not in report.tables_from_results(tmp_path)
+    table = {"title": "Steps", "note": "One core.", "columns": ["strategy", "step / bare", "images"]}
+    table |= {
+        "rows": [["er", 1.03, 68500], ["scr", None, 10]],
+        "commit": "0123456789ab",
+        "machine": "2 cores",
+        "torch": "2",
+    }
+    (tmp_path / "speed.json").write_text(json.dumps({"tables": {"steps": table}}))
+    text = report.tables_from_results(tmp_path)
+    assert text.endswith(
+        "## Steps\n\nOne core.\n\n| strategy | step / bare | images |\n| --- | ---: | ---: |\n| er | 1.03 | 68,500 |\n"
+        "| scr | - | 10 |\n\nMeasured on 2 cores, torch 2, commit 0123456789.\n"
+    )
+
+
 def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(tmp_path: Path) -> None:
     file(tmp_path, "er", {**ER, "config": {"strategy": {"capacity": 5}}})
     file(tmp_path, "er-extra", {**ER, "title": "er-extra"})
