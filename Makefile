@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SOURCES := cl_sim strategies streams tests
 
-.PHONY: demo test lint check format results clean
+.PHONY: demo test lint check format results bench clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,6 +31,9 @@ check: lint test
 format: $(READY)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(READY)
+	$(BIN)/python tests/bench/speed.py --out results/speed.json
 
 results: $(READY)
 	$(BIN)/cl-sim report --folder results --page README.md
