@@ -20,12 +20,13 @@ from cl_sim import augment, encoders, measure, registry, store
 from cl_sim.config import RunConfig, from_dict
 from cl_sim.engine import Place, Plan, Progress, run
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
+from cl_sim.memory.clustered import Clustered
 from cl_sim.memory.rows import Rows
 from cl_sim.metrics import transfer
 from cl_sim.rng import Rng
 from cl_sim.strategy import Env, Strategy
 from cl_sim.stream import Stream
-from cl_sim.tracking import film
+from cl_sim.tracking import film, groups
 from cl_sim.tracking.journal import Journal, read
 
 
@@ -144,6 +145,8 @@ def _journaled(
         return "interrupted"
     if stream.task == "associate":
         film.keep(strategy, stream, place.folder / film.FILE)
+    for memory in (one for one in memories(strategy) if isinstance(one, Clustered)):
+        groups.keep(memory, place.folder / groups.FILE)
     journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
     journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"
@@ -177,9 +180,9 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     for name in measured.finals:
         if lines and name in lines[-1]:
             values[f"{name}_end"] = [known_mean(row) for row in lines[-1][name]]
-    groups = [line for line in journal if line["kind"] == "clusters"]
-    for name in CLUSTERS if groups else ():
-        values[f"{name}_end"] = groups[-1][name]
+    clusters = [line for line in journal if line["kind"] == "clusters"]
+    for name in CLUSTERS if clusters else ():
+        values[f"{name}_end"] = clusters[-1][name]
     seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
     costs = {
         "samples_per_second": stream.batch_size / seconds,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import references_beclr_stream as references
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from cl_sim.config import merge
+from cl_sim import session
+from cl_sim.config import from_dict, merge
 from cl_sim.encoders.mlp import MLP
 from cl_sim.encoders.siamese import Siamese
+from cl_sim.engine import evaluate
 from cl_sim.errors import BadConfig
 from cl_sim.memory import clusters
 from cl_sim.memory.clustered import Clustered
@@ -26,12 +30,13 @@ from cl_sim.optim import Teacher
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
 from cl_sim.testing import NoHostReads, Toy, toy, train
+from cl_sim.tracking import groups
 from cl_sim.types import Batch, Field
 from strategies.beclr import BECLR, BECLRConfig
 
 F64 = torch.float64
 seeds = integers(0, 10**6)
-SMALL = {
+SMALL: dict[str, Any] = {
     "strategy": {"capacity": 80, "replay": 10, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05},
     "augment": ["jitter:1"],
 }
@@ -387,3 +392,80 @@ def test_votes_are_the_known_labels_of_the_nearest_cluster() -> None:
 def test_settings_without_effect_are_refused(own: dict[str, Any], word: str) -> None:
     with pytest.raises(BadConfig, match=word):
         BECLRConfig(**own)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_row_shows_a_cluster_nearest_first_the_largest_on_top() -> None:
+    z = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.5], [1.0, 0.1], [0.0, 1.0], [0.2, 1.0]]), dim=-1)
+    rows, sizes = groups.nearest_rows(z, torch.eye(2), torch.tensor([0, 0, 0, 1, -1]), groups=3, each=4)
+    assert rows.tolist() == [[0, 2, 1, -1], [3, -1, -1, -1]]
+    assert sizes.tolist() == [3, 1]
+
+
+def test_a_sheet_has_the_images_in_their_places() -> None:
+    images = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1).repeat(4, 3).repeat(4, 4)
+    sheet = groups.contact_sheet(images, np.array([[True] * 3, [True, False, False]]))
+    assert sheet.shape == (12, 18, 3)
+    assert sheet[::6, ::6, 0].tolist() == [[0, 1, 2], [3, 255, 255]]
+    assert (sheet[4:6] == 255).all()
+
+
+def test_pictures_of_clusters_are_kept_and_drawn(tmp_path: Path) -> None:
+    one = made()
+    train(one, 0, 5)
+    groups.keep(memory_of(one), tmp_path / groups.FILE)
+    assert not (tmp_path / groups.FILE).exists()  # no clusters yet
+    train(one, 5, 20)
+    groups.keep(memory_of(one), tmp_path / groups.FILE)
+    assert [path.name for path in groups.draw(tmp_path / groups.FILE, tmp_path)] == ["clusters.png"]
+    with np.load(tmp_path / groups.FILE) as kept:
+        assert int(kept["sizes"].sum()) == 80
+        assert kept["there"].sum(1).tolist() == sorted(np.minimum(kept["sizes"], 12).tolist(), reverse=True)
+
+
+def test_curves_are_those_of_the_first_run() -> None:
+    line = {"samples": 10, "sizes": [[3, 1, 0, 0], [1, 1, 1, 1]], "cluster_purity": [0.5, 0.9]}
+    samples, found = groups.curves([{**line, "cluster_nmi": [0.2, 0], "memory_entropy": [0.7, 0]}])
+    assert samples.tolist() == [10]
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "clusters in use": [0.5],
+        "rows in the largest": [0.75],
+        "purity": [0.5],
+        "mutual information": [0.2],
+        "class entropy": [0.7],
+    }
+
+
+# --- few labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_with_few_labels_a_head_learns_from_those_alone() -> None:
+    few = {"name": "few_labels", "of": "synthetic", "settings": ["classes=4", "tasks=2", "order=fixed", "noise=0.1"]}
+    config = from_dict(
+        {
+            "strategy": {"name": "beclr", **SMALL["strategy"]},
+            "stream": {**few, "per_class": 20},
+            "encoder": {"name": "mlp", "hidden": [32]},
+            "augment": SMALL["augment"],
+        }
+    )
+    stream = session.build_stream(config, (0,))
+    one = Toy(stream, session.build_strategy(config, stream, (0,)))
+    train(one, 0, len(one.stream))
+    holdout = one.stream.holdout()
+    assert holdout is not None
+    assert float(evaluate(one.strategy, holdout, len(one.stream), full=True)[:, -1].min()) > 0.8
+    y = memory_of(one).row("y")[0, :80]
+    assert 0 < int((y >= 0).sum()) < 40
+
+
+def test_hidden_labels_decide_nothing() -> None:
+    """All labels hidden: the head gets no gradient, so only weight decay moves it."""
+    one = made({"weight_decay": 0.0})
+    before = [parameter.clone() for parameter in beclr(one).head.parameters()]
+    for step in range(20):
+        batch = one.stream.batch(step)
+        one.strategy.observe({**batch, "y": torch.full_like(batch["y"], -1)})
+    assert all(torch.equal(old, new) for old, new in zip(before, beclr(one).head.parameters(), strict=True))

@@ -14,6 +14,7 @@ from cl_sim import store
 from cl_sim.metrics import transfer
 from cl_sim.report import interval
 from cl_sim.tracking import film as film_
+from cl_sim.tracking import groups as groups_
 from cl_sim.tracking import journal
 
 Floats = NDArray[np.float64]
@@ -53,6 +54,12 @@ def draw_run(run_dir: Path) -> list[Path]:
     if counts is not None:
         title = f"{record['strategy']} on {record['stream']}: memory of seed {record['seeds'][0]}"
         made.append(memory_figure(*counts, folder / "memory.png", title))
+    groups = next((own for lines in _journals(run_dir) if (own := [x for x in lines if x["kind"] == "clusters"])), [])
+    if groups:
+        title = f"{record['strategy']} on {record['stream']}: clusters of seed {record['seeds'][0]}"
+        made.append(shares_figure(*groups_.curves(groups), folder / "cluster_health.png", title))
+    for kept in [group / groups_.FILE for group in store.group_folders(run_dir)][:1]:
+        made += groups_.draw(kept, folder) if kept.exists() else []
     for film in [group / film_.FILE for group in store.group_folders(run_dir)][:1]:
         made += film_.draw(film, folder) if film.exists() else []
     return made
@@ -154,6 +161,18 @@ def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path, title:
         axes.legend(title="class", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         _class_bar(figure, axes, counts.shape[1])
+    return _save(figure, path)
+
+
+def shares_figure(samples: NDArray[np.int64], shares: Mapping[str, Floats], path: Path, title: str = "") -> Path:
+    """Several shares of 1 against samples.    Shapes: samples [n], each share [n]."""
+    figure, axes = _figure(WIDTH, HEIGHT)
+    for name, values in shares.items():
+        axes.plot(samples, values, marker=".", label=name)
+    axes.set(xlabel="samples seen", ylim=(0, 1.02))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return _save(figure, path)
 
 
