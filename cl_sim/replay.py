@@ -120,7 +120,8 @@ class Tricks(nn.Module):
     def judge(self, view: Batch, logits: Tensor) -> None:
         """With `saa`: note the loss of each recalled sample, the cross-entropy of the answers.    Shapes: logits [R, B, C]."""
         if self.adaptive is not None:
-            self.adaptive.note(view, cross_entropy(logits, view["y"], reduction="none"), self.seen)
+            right = logits.argmax(-1) == view["y"]
+            self.adaptive.note(view, cross_entropy(logits, view["y"], reduction="none"), self.seen, right)
 
     def judge_by(self, view: Batch, loss: Tensor) -> None:
         """The same for a method without class scores, by its own loss of each sample.    Shapes: loss [R, B]."""

@@ -33,6 +33,7 @@ Levels = Literal["replay", "replay-soft", "ssl"]
 LEVELS: dict[str, tuple[int, int]] = {"replay": (0, 2), "replay-soft": (0, 1), "ssl": (1, 2)}  # not naive, naive
 RETEST = 0.2  # probability that a naive slot gets the easy view, where only losses on easy views count
 WARM_UP = 3  # virtual epochs
+FEW = 20  # classes that still get a curve of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,14 @@ class SampleAdaptive(nn.Module):
 
     `batch` is the number of slots recalled per step, which decides how many steps a period has.
 
-    Shapes: step [] int64; threshold, flipped [R], of the last selection.    Raises: BadConfig for samples that are no images.
+    Shapes: step [] int64; threshold, flipped [R], of the last selection; right [R], share of the easy views recalled last that
+    were answered right.    Raises: BadConfig for samples that are no images.
     """
 
     step: Tensor
     threshold: Tensor
     flipped: Tensor
+    right: Tensor
 
     def __init__(self, cfg: AdaptiveConfig, env: Env, memory: Rows, batch: int) -> None:
         super().__init__()
@@ -92,10 +95,11 @@ class SampleAdaptive(nn.Module):
         self.low, self.high = LEVELS[cfg.saa if cfg.saa in LEVELS else cfg.saa_levels]
         self.period = cfg.selection_period or -(-memory.capacity // batch)
         self.warm_up = cfg.warmup_steps or WARM_UP * self.period
+        self.answers = False  # does the strategy tell what was answered right?
         self.own = Rng(env.seeds, "strong views", env.device)
         self.other = Rng(env.seeds, "second strong views", env.device)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=env.device))
-        for name in ("threshold", "flipped"):
+        for name in ("threshold", "flipped", "right"):
             self.register_buffer(name, torch.zeros(env.runs, device=env.device))
 
     @property
@@ -157,13 +161,16 @@ class SampleAdaptive(nn.Module):
         return join_halves(first, strong(x, self.other), left)
 
     @torch.no_grad()
-    def note(self, view: Batch, loss: Tensor, seen: Tensor) -> None:
+    def note(self, view: Batch, loss: Tensor, seen: Tensor, right: Tensor | None = None) -> None:
         """Remember the losses of recalled samples, before their slots can change.
 
-        Shapes: view has slot and hard [R, B]; loss [R, B]; seen [R, C] bool: the classes that have come.
+        Shapes: view has slot and hard [R, B]; loss [R, B]; seen [R, C] bool: the classes that have come; right [R, B] bool.
         """
         if "hard" not in view:  # nothing was in the memory
             return
+        if right is not None:
+            self.answers, easy = True, ~view["hard"]
+            self.right.copy_(torch.where(easy.any(1), _share(right & easy, easy), self.right))
         slot = view["slot"]
         if self.cfg.normalise_by_log_classes:
             loss = loss / seen.sum(1, keepdim=True).clamp(min=2).to(loss.dtype).log()
@@ -205,7 +212,7 @@ class SampleAdaptive(nn.Module):
     def logs(self, naive: Tensor, history: Tensor, known: Tensor, filled: Tensor) -> Logs:
         """What shows whether the selection is healthy.    Shapes: [R, M] -> each [R]."""
         visits = self.table.visits[:, : self.memory.capacity]
-        return {
+        found = {
             "saa_threshold": self.threshold.clone(),
             "saa_naive": _share(naive, filled),
             "saa_flipped": self.flipped.clone(),
@@ -213,13 +220,29 @@ class SampleAdaptive(nn.Module):
             "saa_history_naive": _mean(history, known & naive),
             "saa_history_other": _mean(history, known & ~naive),
         }
+        if self.answers:
+            found["saa_recalled_acc"] = self.right.clone()
+        return found | self.shares(naive, filled)
+
+    def shares(self, naive: Tensor, filled: Tensor) -> Logs:
+        """Share of naive slots among those of each class, 0 without any; hidden labels count for none.    Shapes: -> each [R].
+
+        Streams with more than 20 classes would have too many curves. Where tasks have classes of their own, the curves of
+        a task's classes are that task's.
+        """
+        if self.env.classes > FEW:
+            return {}
+        label = self.memory.row("y")[:, : self.memory.capacity, None]
+        member = (label == torch.arange(self.env.classes, device=label.device)) & filled[..., None]  # [R, M, C]
+        share = _share(naive[..., None] & member, member)  # [R, C]
+        return {f"saa_naive_class_{c}": share[:, c] for c in range(self.env.classes)}
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the chosen values, 0 if there are none.    Shapes: [R, M] -> [R]."""
+    """Mean over axis 1 of the chosen values, 0 if there are none.    Shapes: [R, M, ...] -> [R, ...]."""
     return values.masked_fill(~where, 0).sum(1) / where.sum(1).clamp(min=1)
 
 
 def _share(chosen: Tensor, among: Tensor) -> Tensor:
-    """Share of the rows that are chosen.    Shapes: [R, M] bool -> [R] float32."""
+    """Share of the rows that are chosen.    Shapes: [R, M, ...] bool -> [R, ...] float32."""
     return _mean(chosen.float(), among)

@@ -881,8 +881,23 @@ def test_logs_tell_the_share_of_naive_slots_and_of_those_that_changed() -> None:
         after = made.strategy.memory.table.naive[0, :40]
         assert all(bool(value.isfinite().all()) for value in logs.values())
         assert logs["saa_naive"].item() == pytest.approx(float(after.sum()) / len(made.strategy.memory))
-        before = held
+        before, y = held, made.strategy.memory.row("y")[0, : len(made.strategy.memory)]
+        for c in range(4):
+            own = after[: len(y)][y == c]
+            share = float(own.sum()) / max(len(own), 1)
+            assert logs[f"saa_naive_class_{c}"].item() == pytest.approx(share)
     assert before.any()
+    assert 0.5 < logs["saa_recalled_acc"].item() <= 1  # learned by then
+
+
+def test_recalled_answers_are_counted_on_easy_views_alone_and_kept_where_there_are_none() -> None:
+    adaptive = replaying(seeds_=(0, 1)).strategy.tricks.adaptive
+    hard = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    right = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    adaptive.right.copy_(torch.tensor([0.9, 0.7]))
+    view, seen = {"slot": torch.arange(4).repeat(2, 1), "hard": hard}, torch.ones(2, 4, dtype=torch.bool)
+    adaptive.note(view, torch.ones(2, 4), seen, right)
+    assert adaptive.right.tolist() == [pytest.approx(0.5), pytest.approx(0.7)]
 
 
 PLUGGED = ("er", "er_ace", "saa", "mir", "gss", "aser", "derpp", "dvc", "ocm", "pcr", "hpcr", "scr")
