@@ -26,7 +26,7 @@ from cl_sim.metrics import transfer
 from cl_sim.rng import Rng
 from cl_sim.strategy import Env, Strategy
 from cl_sim.stream import Stream
-from cl_sim.tracking import film, groups
+from cl_sim.tracking import film, groups, views
 from cl_sim.tracking.journal import Journal, read
 
 
@@ -147,6 +147,7 @@ def _journaled(
         film.keep(strategy, stream, place.folder / film.FILE)
     for memory in (one for one in memories(strategy) if isinstance(one, Clustered)):
         groups.keep(memory, place.folder / groups.FILE)
+    views.keep(strategy, place.folder / views.FILE)
     journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
     journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from cl_sim.testing import (
     toy,
     train,
 )
+from cl_sim.tracking import views
 from cl_sim.types import Field
 from cl_sim.wrapped import by_name, column
 from streams.few_labels import FewLabels, FewLabelsConfig
@@ -1130,3 +1132,40 @@ def test_average_and_newest_weights_both_answer() -> None:
 def test_a_floor_holds_every_class_threshold() -> None:
     made = semi("flexmatch", min_threshold=0.3)
     assert made.strategy.thresholds().tolist() == [[pytest.approx(0.3)] * 4]
+
+
+# --- the picture of naive samples and their views
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gallery_shows_naive_samples_and_others_and_changes_nothing(channels: int, tmp_path: Path) -> None:
+    made = toy("saa", (0, 1), {"strategy": SMALL, "stream": {"channels": channels}, "augment": []})
+    train(made, 0, len(made.stream))
+    before = {key: value.clone() for key, value in made.strategy.state_dict().items() if isinstance(value, Tensor)}
+    assert views.keep(made.strategy, tmp_path / views.FILE)
+    assert all(torch.equal(value, made.strategy.state_dict()[key]) for key, value in before.items())
+    kept = dict(np.load(tmp_path / views.FILE))
+    flags, x = made.strategy.memory.table.naive[0, :40], made.strategy.memory.row("x")[0, :40]
+    for name, which in (("naive", flags), ("other", ~flags)):
+        assert kept[name].shape == (min(6, int(which.sum())), 3, channels, 8, 8)
+        assert np.array_equal(kept[name][:, 0], x[which][:6].numpy())
+        first, joined = kept[name][:, 1], kept[name][:, 2]
+        left = (joined[..., 4:] == first[..., 4:]).all((1, 2, 3))
+        upper = (joined[:, :, 4:] == first[:, :, 4:]).all((1, 2, 3))
+        assert bool((left | upper).all())
+    (picture,) = views.draw(tmp_path / views.FILE, tmp_path)
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height / 2
+
+
+def test_a_strategy_without_adaptive_views_keeps_no_gallery(tmp_path: Path) -> None:
+    assert not views.keep(toy("er", (0,)).strategy, tmp_path / views.FILE)
+    assert not (tmp_path / views.FILE).exists()
+
+
+def test_a_memory_without_naive_samples_is_drawn_too(tmp_path: Path) -> None:
+    made = replaying(saa="none")
+    train(made, 0, 3)
+    views.keep(made.strategy, tmp_path / views.FILE)
+    assert len(np.load(tmp_path / views.FILE)["naive"]) == 0
+    assert views.draw(tmp_path / views.FILE, tmp_path)[0].exists()

@@ -16,6 +16,7 @@ from cl_sim.report import interval
 from cl_sim.tracking import film as film_
 from cl_sim.tracking import groups as groups_
 from cl_sim.tracking import journal
+from cl_sim.tracking import views as views_
 
 Floats = NDArray[np.float64]
 LABELLED = 12  # cells per side that still get their number written in
@@ -62,6 +63,8 @@ def draw_run(run_dir: Path) -> list[Path]:
         made += groups_.draw(kept, folder) if kept.exists() else []
     for film in [group / film_.FILE for group in store.group_folders(run_dir)][:1]:
         made += film_.draw(film, folder) if film.exists() else []
+    for kept in [group / views_.FILE for group in store.group_folders(run_dir)][:1]:
+        made += views_.draw(kept, folder) if kept.exists() else []
     return made
 
 
