@@ -15,10 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
 from cl_sim.memory.reservoir import Reservoir
+from cl_sim.optim import follow_cosine
 from cl_sim.randaugment import strong
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, join, per_run
@@ -35,6 +37,7 @@ class ConsistencyConfig:
     labelled: int = 32  # labelled samples recalled per step
     unlabelled: int = 64  # samples of any kind recalled per step, their labels unused
     lr: float = 0.03  # learning rate of SGD with Nesterov momentum
+    schedule: Literal["constant", "cosine"] = "constant"  # of the rate; cosine: the source's, over the whole stream
     momentum: float = 0.9
     weight_decay: float = 5e-4  # not of BatchNorm
     confidence: float = 0.95  # of a pseudo-label
@@ -93,8 +96,13 @@ class Pools(nn.Module):
 
     @property
     def full_draws(self) -> bool:
-        """Has every draw the size that it will have for ever?"""
-        return self.memory.holds(max(self.cfg.labelled, self.cfg.unlabelled))
+        """Has every draw the size that it will have for ever, and the rate the value?"""
+        return self.cfg.schedule == "constant" and self.memory.holds(max(self.cfg.labelled, self.cfg.unlabelled))
+
+    def set_rate(self, optimiser: Optimizer, new: Batch) -> None:
+        """The learning rate of this step."""
+        if self.cfg.schedule == "cosine":
+            follow_cosine(optimiser, self.cfg.lr, max(1, self.env.samples // new["y"].shape[1]))
 
     def labels(self, new: Batch) -> Batch:
         """The new batch with `is_labelled`, also where the stream hides nothing."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_sim.runs import Lift
+from cl_sim.schedules import cosine_decay
 
 
 def trainable(net: nn.Module) -> list[nn.Parameter]:
@@ -194,6 +195,16 @@ class Teacher(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """What the teacher answers.    Shapes: each [R, ...] -> [R, ...]."""
         return self.net(*inputs)
+
+
+def follow_cosine(optimiser: Optimizer, base: float, steps: int) -> None:
+    """Set the rate of the coming step on FixMatch's cosine; the optimiser's own state counts the steps.
+
+    The rate is a number of the host: such a step must not be captured.
+    """
+    for group in optimiser.param_groups:
+        done = group.get("steps_made", 0)
+        group["lr"], group["steps_made"] = cosine_decay(done, steps, base), done + 1
 
 
 def without_decay_of_norms(net: Lift, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ et al. 2023, "Enhancing Sample Utilization through Sample Adaptive Augmentation 
 Symbols: x, y -> known; u -> both; q -> softmax of z_weak; tau -> confidence; lambda_u -> lambda_u; e -> average.
 Departures: one pass over a stream with a memory in place of many over a pool (ours), so the labelled samples are those of the
 new batch and some recalled ones, without replacement, the unlabelled ones the whole new batch and some recalled ones of any
-kind; a constant learning rate, as the length of a stream is not known; BatchNorm's momentum is the encoder's; the newest
-weights answer (`answer=average` is the source's: an average over 1000 steps lags by most of a short stream; after 143 steps
-on digits it was right in 53 %, the newest weights in 66 %).
+kind; a constant learning rate, as the length of a stream is not known (`schedule=cosine` is the source's, over the whole
+stream); BatchNorm's momentum is the encoder's; the newest weights answer (`answer=average` is the source's: an average over
+1000 steps lags by most of a short stream; after 143 steps on digits it was right in 53 %, the newest weights in 66 %).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class FixMatch(Strategy):
         labelled = supervised(z_known, known["y"], known["is_labelled"])
         unlabelled, each = consistency(z_weak, z_strong, threshold=self.cfg.confidence)
         loss = labelled + self.cfg.lambda_u * unlabelled
+        self.pools.set_rate(self.sgd, new)
         self.descend(loss, self.sgd)
         self.average.update(self.net)
         self.pools.note(slot, each)

@@ -75,6 +75,7 @@ class FlexMatch(Strategy):
         labelled = supervised(z_known, known["y"], known["is_labelled"])
         unlabelled, each = consistency(z_weak, z_strong, needed)
         loss = labelled + self.cfg.lambda_u * unlabelled
+        self.pools.set_rate(self.sgd, new)
         self.descend(loss, self.sgd)
         self.average.update(self.net)
         self.pools.note(slot, each)

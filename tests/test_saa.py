@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from cl_sim.memory.table import Table
 from cl_sim.optim import Average, without_decay_of_norms
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
+from cl_sim.schedules import cosine_decay
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Stream, truth
 from cl_sim.testing import (
@@ -1132,6 +1134,33 @@ def test_average_and_newest_weights_both_answer() -> None:
 def test_a_floor_holds_every_class_threshold() -> None:
     made = semi("flexmatch", min_threshold=0.3)
     assert made.strategy.thresholds().tolist() == [[pytest.approx(0.3)] * 4]
+
+
+# --- the schedule of the rate
+
+
+def test_the_rate_follows_the_published_cosine() -> None:
+    whole_ = 2**20
+    expected = {0: 0.03, whole_ // 2: 0.0231903, whole_: 0.0058527}
+    for step, rate in expected.items():
+        assert cosine_decay(step, whole_, 0.03) == pytest.approx(rate, abs=1e-7)
+        assert cosine_decay(torch.tensor(step), whole_, 0.03).item() == pytest.approx(rate, abs=1e-7)
+    assert cosine_decay(3 * whole_, whole_, 0.03) == 0.0
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "flexmatch"])
+def test_the_rate_of_a_run_falls_over_its_stream_and_goes_on_after_a_resume(name: str) -> None:
+    made, again = semi(name, schedule="cosine"), semi(name, schedule="cosine")
+    assert not made.strategy.steady
+    train(made, 0, 20)
+    again.strategy.load_state_dict(copy.deepcopy(made.strategy.state_dict()))
+    for one in (made, again):
+        train(one, 20, 22)
+        for group in one.strategy.sgd.param_groups:
+            assert group["lr"] == pytest.approx(0.03 * math.cos(7 * math.pi * 21 / (16 * 40)), rel=1e-12)
+    assert not made.strategy.steady
+    assert alike(made, again)
+    assert semi(name).strategy.sgd.param_groups[0]["lr"] == 0.03
 
 
 # --- the picture of naive samples and their views
