@@ -105,7 +105,7 @@ class AvalancheLearner:
 
         self.module, self.steps, self.number = avalanche, steps, 0
         donor = Learner("finetune", {})
-        cfg = avalanche.AvalancheConfig(strategy=name, capacity=CAPACITY, replay=replay)
+        cfg = avalanche.AvalancheConfig(strategy=name, capacity=CAPACITY, replay=max(replay, 1))
         with avalanche.quiet():
             self.learner = avalanche.make(name, cfg, donor.strategy.env)
         self.batches = [donor.stream.batch(step) for step in range(len(donor.stream))]
