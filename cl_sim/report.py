@@ -402,7 +402,7 @@ def _cell(value: Any) -> str:
 def _differences(group: Sequence[Result]) -> str:
     """Each result that names another one to be measured against, less that one, paired by seed."""
     rows: list[list[str]] = []
-    wanted = [metric for metric in columns(group, ()) if metric.startswith(SHARES)]
+    wanted = [metric for metric in columns(group, ()) if metric not in COSTS]
     for result in group:
         if not result.get("against"):
             continue
