@@ -91,6 +91,75 @@ def one_step(name: str, replay: int, device: str) -> Row:
     ]
 
 
+ADAPTIVE = {"selection_period": 10, "warmup_steps": 20, "min_visits": 1}  # so that there are flags soon
+SEMI = {"capacity": 200, "labelled": 16, "unlabelled": 32}
+NO_MEMORY = {"memory": "none", "replay": 0, "neighbours": "none"}
+VIEWS = {"augment": ["flip", "shift"]}
+METHODS: dict[
+    str, tuple[str, dict[str, Any], dict[str, Any]]
+] = {  # what: strategy, settings of the base, of the method
+    "er with adaptive views": (
+        "er",
+        VIEWS | settings("er", 10),
+        VIEWS | {"strategy": {"capacity": 200, "replay": 10, "saa": "replay", **ADAPTIVE}},
+    ),
+    "fixmatch with adaptive views": (
+        "fixmatch",
+        VIEWS | {"strategy": SEMI},
+        VIEWS | {"strategy": {**SEMI, "saa": True, **ADAPTIVE}},
+    ),
+    "er with contrast of data views": (
+        "meta_augment",
+        {"strategy": {"capacity": 200, "replay": 10, "arm": "off"}},
+        {"strategy": {"capacity": 200, "replay": 10, "arm": "data-only"}},
+    ),
+    "er with meta-optimised views": (
+        "meta_augment",
+        {"strategy": {"capacity": 200, "replay": 10, "arm": "off"}},
+        {"strategy": {"capacity": 200, "replay": 10}},
+    ),
+    "the same, two encoder steps": (
+        "meta_augment",
+        {"strategy": {"capacity": 200, "replay": 10, "arm": "off"}},
+        {"strategy": {"capacity": 200, "replay": 10, "second_encoder_step": True}},
+    ),
+    "beclr, against as many images without memory": (
+        "beclr",
+        {"stream": {"batch": 64}, "strategy": NO_MEMORY},
+        {"stream": {"batch": 32}, "strategy": {"replay": 32}},
+    ),
+}
+
+
+def methods(device: str) -> dict[str, Any]:
+    """What the parts of a method cost on top of what they stand on."""
+    return {
+        "title": "Methods against their base",
+        "note": "Reduced ResNet-18, 32x32 images, batches of 10 unless said. Images per step that pass the encoder, and of "
+        "these how many with a gradient.",
+        "columns": ["method", "base ms", "step / base", "images", "with gradient", "images of the base"],
+        "rows": [[what, *in_process(one_method, what, device)] for what in METHODS],
+    }
+
+
+def one_method(what: str, device: str) -> Row:
+    """One row: the method and its base in turns."""
+    name, base, own = METHODS[what]
+    made = {key: Learner(name, chosen, device=device).settle() for key, chosen in (("base", base), ("own", own))}
+    for learner in made.values():
+        for _ in range(24):  # selections begin
+            learner.step()
+    times = alternate({key: learner.step for key, learner in made.items()}, torch.device(device))
+    passes = {key: learner.passes() for key, learner in made.items()}
+    return [
+        round(milliseconds(times["base"]), 1),
+        round(ratio(times["own"], times["base"]), 3),
+        sum(part.batch for part in passes["own"]),
+        sum(part.batch for part in passes["own"] if part.learns),
+        sum(part.batch for part in passes["base"]),
+    ]
+
+
 def overhead(device: str) -> dict[str, Any]:
     """What a step adds to its passes where the network is next to nothing, and what augmentation costs."""
     return {
@@ -262,7 +331,7 @@ def started(code: str) -> float:
 
 
 TABLES: dict[str, Callable[[str], dict[str, Any]]] = {
-    made.__name__: made for made in (steps, overhead, stacks, evaluation, long, start)
+    made.__name__: made for made in (steps, methods, overhead, stacks, evaluation, long, start)
 }
 
 
