@@ -31,6 +31,7 @@ from cl_sim.config import at_least, within
 from cl_sim.consistency import supervised
 from cl_sim.encoders.siamese import Siamese
 from cl_sim.errors import BadConfig
+from cl_sim.masking import block_mask, erase_patches
 from cl_sim.memory.clustered import Assign, Clustered, nearest_prototype
 from cl_sim.memory.clusters import memory_rows, nearest_in_cluster
 from cl_sim.optim import Teacher, trainable
@@ -79,6 +80,11 @@ class BECLRConfig:
     teacher: bool = True  # False: the student's own projections, without gradient
     decay: float = 0.99  # of the teacher
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: lr to 1e-6, decay to 1 at the stream's end
+    mask_low: float = 0.0  # least and largest share of the student's images that is hidden, in blocks of patches
+    mask_high: float = (
+        0.0  # 0: nothing is hidden, as is usual below 64 pixels; the source has 0.05 to 0.25 for larger ones
+    )
+    mask_patch: int = 0  # pixels of a patch's side; 0: an eighth of the image's
     spread: float = 0.1  # weight of the uniformity
     tau: float = 2.0  # its temperature
     contrast: float = 0.5  # temperature of simclr
@@ -89,7 +95,14 @@ class BECLRConfig:
     def __post_init__(self) -> None:
         at_least(self, capacity=1, recent=0, replay=0, clusters=1, k=1, hidden=1, width=2)
         at_least(self, lr=0, weight_decay=0, spread=0, tau=1e-6, contrast=1e-6, eps=1e-6)
-        within(self, 0, 1, "onset", "momentum", "decay", "gamma", "kappa")
+        within(self, 0, 1, "onset", "momentum", "decay", "gamma", "kappa", "mask_low", "mask_high")
+        at_least(self, mask_patch=0)
+        if self.mask_low > self.mask_high:
+            raise BadConfig(
+                f"mask_low is {self.mask_low}, above mask_high={self.mask_high}; set both, e.g. 0.05 and 0.25"
+            )
+        if self.mask_patch and not self.mask_high:
+            raise BadConfig("mask_patch has no effect without a mask; set strategy.mask_low and strategy.mask_high")
         if self.memory == "none" and (self.replay or self.neighbours != "none" or self.readout == "vote"):
             raise BadConfig("memory is 'none', so nothing can come from it; add replay=0 neighbours=none readout=head")
         if self.objective != "beclr" and self.neighbours != "none":
@@ -153,7 +166,7 @@ class BECLR(Strategy):
         old = self.memory.replay(self.cfg.replay) if self.memory is not None else {}
         both = join(new, old) if old else new
         x = torch.cat([self.env.augment(both)["x"] for _ in range(2)], 1)  # [R, 2N, ...] view 1, then view 2
-        p, z, features = self.net(x)
+        p, z, features = self.net(self.masked(x))
         target = normalize((self.teacher(x) if self.teacher is not None else z).detach(), dim=-1)  # z_t
         near, weight = self.neighbours(target, both, old)
         loss = self.loss(p, z, target, near, weight)
@@ -168,6 +181,14 @@ class BECLR(Strategy):
         self.step += 1
         logs = {"loss": loss, "view_cosine": agreement, "embedding_std": target.std(1).mean(-1)}
         return logs | self.remember(new, old, views, weight)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """What the student sees: the images with blocks of patches at 0.    Shapes: [R, 2N, ...] -> same."""
+        if not self.cfg.mask_high:
+            return x
+        patch = self.cfg.mask_patch or max(min(x.shape[-2:]) // 8, 1)
+        grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+        return erase_patches(x, block_mask(grid, self.cfg.mask_low, self.cfg.mask_high, self.rng, x.shape[1]), patch)
 
     def loss(self, p: Tensor, z: Tensor, target: Tensor, near: Tensor | None, weight: Tensor | None) -> Tensor:
         """The objective of a batch of two views.    Shapes: p, z and target [R, 2N, D], neighbours [R, 2N, k, D] -> [R]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 Vector = Sequence[float]
@@ -138,3 +139,26 @@ def logistic_gradient(weight: Matrix, bias: Vector, x: Matrix, y: Sequence[int],
             for d, value in enumerate([*row, 1.0]):
                 gradient[c][d] += error * value
     return gradient
+
+
+def block_mask(height: int, width: int, share: float, draw: random.Random) -> list[list[bool]]:
+    """Blocks are tried one after the other until the share is reached, or ten tries in a row add nothing."""
+    wanted, covered = share * height * width, 0
+    mask = [[False] * width for _ in range(height)]
+    while covered < wanted:
+        for _ in range(10):
+            area = draw.uniform((min(height, width) // 3) ** 2, wanted - covered)
+            ratio = math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+            tall, wide = round(math.sqrt(max(area, 0) * ratio)), round(math.sqrt(max(area, 0) / ratio))
+            if tall >= height or wide >= width:
+                continue
+            top, left = draw.randint(0, height - tall), draw.randint(0, width - wide)
+            block = [(i, j) for i in range(top, top + tall) for j in range(left, left + wide) if not mask[i][j]]
+            if 1 <= len(block) <= wanted - covered:
+                break
+        else:
+            return mask
+        for i, j in block:
+            mask[i][j] = True
+        covered += len(block)
+    return mask

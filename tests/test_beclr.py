@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 from cl_sim import losses
 from cl_sim.errors import BadConfig
+from cl_sim.masking import block_mask, erase_patches
 from cl_sim.memory.clusters import balanced_assignment, cluster_means, memory_rows, nearest_in_cluster
 from cl_sim.metrics.fewshot import (
     Episodes,
@@ -29,6 +31,7 @@ from cl_sim.metrics.fewshot import (
     opta,
     standardise,
 )
+from cl_sim.rng import Rng
 from cl_sim.runs import per_run
 from cl_sim.schedules import cosine_value
 from cl_sim.testing import NoHostReads
@@ -518,3 +521,56 @@ def test_the_interval_is_the_published_one() -> None:
     mean, half = interval(torch.tensor([0.2, 0.4, 0.6, 0.8]))
     assert mean == pytest.approx(0.5)
     assert half == pytest.approx(1.96 * math.sqrt(0.05) / 2)
+
+
+# masks
+
+
+def covered(low: float, high: float, images: int) -> Tensor:
+    """How many patches of a 14x14 grid are masked.    Shapes: -> [images]."""
+    return block_mask((14, 14), low, high, Rng((3,), "masks"), images)[0].sum((1, 2)).double()
+
+
+def test_masks_cover_the_share_that_was_measured_for_a_grid_of_14() -> None:
+    shares = covered(0.05, 0.25, 20_000) / 196
+    inside = ((shares >= 0.05) & (shares <= 0.25)).double().mean()
+    assert inside == pytest.approx(0.97, abs=0.01)
+    assert (shares == 0).double().mean() == pytest.approx(0.02, abs=0.01)
+    assert shares.mean() == pytest.approx(0.142, abs=0.002)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_masks_are_spread_like_those_of_the_loop_and_never_above_their_share(share: float) -> None:
+    draw = random.Random(5)
+    slow = number([float(sum(map(sum, references.block_mask(14, 14, share, draw)))) for _ in range(3000)])
+    fast = covered(share, share, 30_000)
+    assert fast.max() <= share * 196
+    for one, two in ((slow, fast), (slow.square(), fast.square())):
+        error = (one.var() / len(one) + two.var() / len(two)).sqrt()
+        assert ((one.mean() - two.mean()) / error).abs() < 4  # false alarm: 1 in 16,000 each
+
+
+def test_masks_are_each_images_and_each_runs_own() -> None:
+    alone, both = Rng((7,), "masks"), Rng((7, 8), "masks")
+    one, two = block_mask((8, 8), 0.2, 0.4, alone, 5), block_mask((8, 8), 0.2, 0.4, both, 5)
+    assert one.dtype == torch.bool
+    assert torch.equal(one[0], two[0])
+    assert not torch.equal(two[0], two[1])
+    assert not torch.equal(one[0, 0], one[0, 1])
+    assert block_mask((6, 9), 0.2, 0.4, both).shape == (2, 6, 9)
+    with pytest.raises(BadConfig, match=r"0.4 to 0.2"):
+        block_mask((8, 8), 0.4, 0.2, alone)
+
+
+@given(patch=integers(1, 4), height=integers(1, 4), width=integers(1, 4), seed=seeds)
+def test_masked_patches_are_zero_and_the_others_untouched(patch: int, height: int, width: int, seed: int) -> None:
+    x = rows(2, 3, height * patch, width * patch, seed=seed)
+    mask = torch.rand(2, height, width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    out = erase_patches(x, mask, patch)
+    for n in range(2):
+        for i in range(height * patch):
+            for j in range(width * patch):
+                expected = torch.zeros(3, dtype=F64) if mask[n, i // patch, j // patch] else x[n, :, i, j]
+                assert torch.equal(out[n, :, i, j], expected)
+    with pytest.raises(BadConfig, match="must divide the side"):
+        erase_patches(x, mask, patch + 1)

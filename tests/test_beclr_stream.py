@@ -351,6 +351,36 @@ def test_the_objectives_are_what_they_are_called() -> None:
     assert_close(found["beclr"], aligned + 0.1 * spread.mean().log())
 
 
+def test_only_the_student_sees_masks_and_without_them_nothing_is_drawn() -> None:
+    one = made({"mask_low": 0.2, "mask_high": 0.5, "mask_patch": 2})
+    train(one, 0, 3)
+    seen: dict[str, Tensor] = {}
+    student, teacher = beclr(one).net.net, beclr(one).teacher
+    assert teacher is not None
+    encoder = student.branch.encoder  # type: ignore[union-attr]
+
+    def note(name: str, x: Tensor) -> None:
+        seen[name] = x
+
+    handles = [
+        encoder.register_forward_pre_hook(lambda module, x: note("student", x[0])),  # type: ignore[union-attr]
+        teacher.register_forward_pre_hook(lambda module, x: note("teacher", x[0][0])),
+    ]
+    one.strategy.observe(one.stream.batch(3))
+    for handle in handles:
+        handle.remove()
+    student_x, teacher_x = seen["student"].flatten(1, -1), seen["teacher"].flatten(1, -1)
+    hidden = ((student_x == 0) & (teacher_x != 0)).double().mean(1)
+    assert ((student_x == teacher_x) | (student_x == 0)).all()
+    assert hidden.max() <= 0.5
+    assert 0.1 < hidden.mean() < 0.5
+    plain, twin = made(), made({"mask_low": 0.0})
+    for toy_of in (plain, twin):
+        train(toy_of, 0, 3)
+    assert torch.equal(plain.strategy.rng.counter, twin.strategy.rng.counter)
+    assert one.strategy.rng.counter > plain.strategy.rng.counter
+
+
 def test_a_cosine_schedule_ends_at_its_ends() -> None:
     one = made({"schedule": "cosine", "decay": 0.9})
     steps = len(one.stream)
@@ -387,6 +417,8 @@ def test_votes_are_the_known_labels_of_the_nearest_cluster() -> None:
         ({"recent": 5, "memory": "fifo"}, "memory=both"),
         ({"recent": 2000}, "below capacity"),
         ({"kappa": 2.0}, "between 0 and 1"),
+        ({"mask_low": 0.3, "mask_high": 0.2}, "above mask_high"),
+        ({"mask_patch": 4}, "set strategy.mask_low"),
     ],
 )
 def test_settings_without_effect_are_refused(own: dict[str, Any], word: str) -> None:

@@ -109,8 +109,10 @@ class AvalancheLearner:
         with avalanche.quiet():
             self.learner = avalanche.make(name, cfg, donor.strategy.env)
         self.batches = [donor.stream.batch(step) for step in range(len(donor.stream))]
-        for _ in range(1 + max(replay, BATCH) // BATCH):  # fill the memory
-            self.experience(BATCH)
+        for plugin in self.learner.plugins:
+            if hasattr(plugin, "batch_size_mem"):
+                plugin.batch_size_mem = replay  # Replay's own constructor recalls as many samples as come
+        self.experience(CAPACITY)  # fills the memory
 
     def experience(self, samples: int) -> None:
         """Learn so many samples in mini-batches."""
