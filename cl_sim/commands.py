@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +24,7 @@ from cl_sim.errors import BadConfig, ClSimError
 from cl_sim.stream import Clips, Stream
 
 EXIT = {"finished": 0, "interrupted": 130, "failed": 1, "started": 1, "new": 1}
+SPARE = 1 / 3  # share of the free memory that is left for what a step makes
 MANY_CORES = 64  # processes started by default, at most
 
 
@@ -34,11 +35,15 @@ def console() -> Console:
 
 def run(names: Sequence[str], **options: Any) -> int:
     """Check everything, then train and compare; returns the exit status."""
-    configs = configurations(names, options)
     out = console()
-    streams = []
-    for made in configs:
-        stream = _checked(made)
+    configs, streams = [], []
+    for made in configurations(names, options):
+        stream, need = _checked(made)
+        stack = fitting(made, need, session.free_bytes(torch.device(made.device)))
+        if stack < made.stack:
+            told = f"{made.strategy.name}: {stack} instead of {made.stack} seeds side by side, to fit into memory"
+            print(told, file=sys.stderr)  # a dry run's settings go elsewhere
+        configs.append(replace(made, stack=stack))
         streams.append(stream)
     if options["dry_run"]:
         for made in configs:
@@ -168,12 +173,28 @@ def pick_device(name: str) -> str:
     return name
 
 
-def _checked(made: RunConfig) -> Stream:
-    """Build the first group's stream and strategy, so that a mistake shows before anything is written."""
+def _checked(made: RunConfig) -> tuple[Stream, int]:
+    """Build the first group's stream and strategy, so that a mistake shows before anything is written.
+
+    With the stream comes the number of bytes that the state of one run takes.
+    """
     seeds = made.seeds[: made.stack]
     stream = session.build_stream(made, seeds)
-    session.build_strategy(made, stream, seeds[:1])
-    return stream
+    return stream, session.state_bytes(session.build_strategy(made, stream, seeds[:1]))
+
+
+def fitting(made: RunConfig, need: int, free: int) -> int:
+    """How many seeds fit side by side, a third of the free memory left for what a step makes; at most as many as asked for.
+
+    Raises: BadConfig if not even one fits.
+    """
+    room = int(free * (1 - SPARE))
+    if need > room:
+        raise BadConfig(
+            f"one run of {made.strategy.name} keeps {need / 1e9:.2f} GB, but {made.device} has room for {room / 1e9:.2f} GB; use "
+            "a smaller --set strategy.capacity=..., encoder, or another --device"
+        )
+    return min(made.stack, room // max(need, 1))
 
 
 def _facts(made: RunConfig, stream: Stream, comparison: str) -> dict[str, Any]:
@@ -472,7 +493,7 @@ def reproduce(names: Sequence[str], folder: Path, options: Mapping[str, Any]) ->
     keys = {name: _filed_as(name) for name in dict.fromkeys([*names, *preset.names()])}
     stored = {name: repeats.stored_result(name, folder, keys) for name in dict.fromkeys(names)}
     made = {name: _as_stored(name, result, options) for name, result in stored.items()}
-    streams = {name: _checked(config) for name, config in made.items()}
+    streams = {name: _checked(config)[0] for name, config in made.items()}
     for name, result in stored.items():
         facts = {"data_digest": streams[name].digest, "torch": store.versions()["torch"], "machine": store.machine()}
         changes = repeats.changed(result, made[name], facts)

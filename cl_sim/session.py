@@ -207,6 +207,24 @@ def memories(strategy: nn.Module) -> list[Rows]:
     return [module for module in strategy.modules() if isinstance(module, Rows)]
 
 
+def state_bytes(strategy: nn.Module) -> int:
+    """What one run keeps: buffers, and parameters three times (themselves, gradients, an optimiser's average)."""
+    parameters = sum(p.numel() * p.element_size() for p in strategy.parameters())
+    return 3 * parameters + sum(b.numel() * b.element_size() for b in strategy.buffers())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for training: on the GPU if it trains there, else in main memory (unlimited where that is not told)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return sys.maxsize
+    told = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(told[0]) if told else sys.maxsize
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: on the GPU if it trains there, else in main memory."""
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cl_sim import store
+from cl_sim import session, store
 from cl_sim.cli import main
 from cl_sim.commands import parse_seeds
 from cl_sim.errors import BadConfig
@@ -87,6 +87,22 @@ def test_a_run_of_two_strategies_leaves_results_that_compare(here: Path) -> None
     assert cl_sim(*words, "--against", "finetune", "--page", "page.md").exit_code == 0
     assert "| replay - finetune | 3 | " in (here / "results" / "README.md").read_text()
     assert page.read_text().startswith("mine\n")
+
+
+@pytest.mark.parametrize(("runs", "stack"), [(1000, 3), (2.2, 2), (1.2, 1), (0.5, None)])
+def test_seeds_are_stacked_as_far_as_memory_goes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, runs: float, stack: int | None
+) -> None:
+    need = 400_000 * 208 + 3_000_000  # rows of 3x8x8 bytes, a label and a number; and a small net
+    monkeypatch.setattr(session, "free_bytes", lambda device: int(runs * need * 3 / 2))  # a third is spared
+    words = ["run", "er", "synthetic", "--seeds", "0-2", "--stack", "3", *SMALL, *QUIET]
+    result = cl_sim(*words, "--set", "strategy.capacity=400000", "--dry-run")
+    if stack is None:
+        assert result.exit_code == 1
+        assert re.search(r"Error: one run of er keeps 0.08 GB, but cpu has room for 0.04 GB; use", result.output)
+        return
+    assert f'"stack": {stack},' in result.output
+    assert (f"er: {stack} instead of 3 seeds side by side" in result.output) == (stack < 3)
 
 
 def test_the_same_command_gives_identical_numbers_alone_and_in_company(here: Path) -> None:
