@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,18 +33,21 @@ class Adam(Optimizer):
     """Adam that never reads the host: its step counters lie beside the parameters.
 
     torch's own does the same with `capturable`, but refuses that on a CPU. A parameter without a gradient stays as it is.
+    Weight decay is decoupled from the gradient, as in torch's AdamW.
 
-    Source: Kingma and Ba 2015, "Adam: A Method for Stochastic Optimization".
+    Source: Kingma and Ba 2015, "Adam: A Method for Stochastic Optimization"; Loshchilov and Hutter 2019, "Decoupled Weight
+    Decay Regularization", algorithm 2, without a schedule.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
+        weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
@@ -67,6 +70,8 @@ class Adam(Optimizer):
         state["mean"].lerp_(gradient, 1 - first)
         state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         size = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(state["mean"] / size * (group["lr"] / (1 - first ** state["step"])))
 
 
@@ -133,41 +138,6 @@ class Average(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """What the averaged net answers.    Shapes: each [R, ...] -> [R, ...]."""
         return self.net(*inputs)
-
-
-class AdamW(Optimizer):
-    """AdamW whose counter stays on the device, so that a step never reads the host; torch's does on a CPU.
-
-    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, without a schedule.
-    """
-
-    def __init__(
-        self, groups: Any, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "mean": torch.zeros_like(parameter),
-                    "square": torch.zeros_like(parameter),
-                }
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on the gradients that there are."""
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                held = self.state[parameter]
-                held["step"] += 1
-                held["mean"].lerp_(parameter.grad, 1 - first)
-                held["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
-                mean = held["mean"] / (1 - first ** held["step"])
-                root = (held["square"] / (1 - second ** held["step"])).sqrt() + group["eps"]
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / root)
 
 
 class Teacher(nn.Module):

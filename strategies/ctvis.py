@@ -40,7 +40,7 @@ from cl_sim.encoders.queries import Query, Reader
 from cl_sim.errors import BadConfig
 from cl_sim.losses import bank_contrast
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import AdamW, clip, without_decay_of_norms
+from cl_sim.optim import Adam, clip, without_decay_of_norms
 from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.tracker import TrackerConfig
@@ -107,7 +107,7 @@ class CTVIS(Strategy):
         kept = {"clip": env.fields["clip"]} if env.rebuild else env.fields  # 8 bytes, if clips can be made again
         self.memory = Reservoir(cfg.capacity, kept, env.rng) if cfg.capacity else None
         groups = without_decay_of_norms(self.net, cfg.weight_decay)
-        self.adam = AdamW(groups, cfg.lr, cfg.weight_decay) if groups else None  # given embeddings learn nothing
+        self.adam = Adam(groups, cfg.lr, cfg.weight_decay) if groups else None  # given embeddings learn nothing
 
     @property
     def steady(self) -> bool:

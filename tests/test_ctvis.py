@@ -31,7 +31,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.losses import bank_contrast
 from cl_sim.metrics.association import video_ap
 from cl_sim.metrics.clips import Association, Tracked, claims
-from cl_sim.optim import AdamW
+from cl_sim.optim import Adam
 from cl_sim.sources import data_folders
 from cl_sim.testing import NoHostReads, Toy, toy
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
@@ -172,7 +172,7 @@ def test_adamw_equals_torchs_and_reads_no_host() -> None:
     mine = [torch.randn(3, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
     groups = [[{"params": p[:1], "weight_decay": 0.1}, {"params": p[1:], "weight_decay": 0.0}] for p in (mine, theirs)]
-    one, two = AdamW(groups[0], 0.01, 0.1), torch.optim.AdamW(groups[1], 0.01)
+    one, two = Adam(groups[0], 0.01, 0.1), torch.optim.AdamW(groups[1], 0.01)
     for step in range(5):
         for p, q in zip(mine, theirs, strict=True):
             p.grad = torch.randn_like(p)
@@ -181,7 +181,7 @@ def test_adamw_equals_torchs_and_reads_no_host() -> None:
             one.step()
         two.step()
         if step == 2:
-            again = AdamW(groups[0], 0.5, 0.5)
+            again = Adam(groups[0], 0.5, 0.5)
             again.load_state_dict(one.state_dict())
             one = again
     for p, q in zip(mine, theirs, strict=True):
