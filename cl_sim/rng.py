@@ -35,6 +35,13 @@ def shift_right(bits: Tensor, places: int) -> Tensor:
     return (bits >> places) & ((1 << (64 - places)) - 1)
 
 
+def mixed(word: Tensor) -> Tensor:
+    """SplitMix64's finaliser: words that look random, whatever regularity the given ones have.    Shapes: int64 -> same."""
+    word = (word ^ shift_right(word, 30)) * MIX_1
+    word = (word ^ shift_right(word, 27)) * MIX_2
+    return word ^ shift_right(word, 31)
+
+
 class Rng(nn.Module):
     """Random numbers for R runs. Every method returns a tensor whose first axis is the run.
 
@@ -83,10 +90,7 @@ class Rng(nn.Module):
     def _words(self, count: int) -> Tensor:
         index = torch.arange(1, count + 1, device=self.key.device) + self.counter[:, None]  # [R, N]
         self.counter += count
-        word = index * GOLDEN + self.key[:, None]
-        word = (word ^ shift_right(word, 30)) * MIX_1
-        word = (word ^ shift_right(word, 27)) * MIX_2
-        return word ^ shift_right(word, 31)
+        return mixed(index * GOLDEN + self.key[:, None])
 
     def uniform(self, *shape: int) -> Tensor:
         """Multiples of 2^-24 in [0, 1), as float32.    Shapes: -> [R, *shape]."""

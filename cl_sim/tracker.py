@@ -18,7 +18,7 @@ from torch import Tensor
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
 from cl_sim.memory.tracks import Readout, Tracks, ageing, bi_softmax, clear, cosine, empty, store
-from cl_sim.rng import GOLDEN, MIX_1, MIX_2, shift_right
+from cl_sim.rng import GOLDEN, MIX_1, mixed, shift_right
 
 ESTABLISHED = 3  # observations after which a track may be swapped by force
 TRAILING = 2  # frames unseen at the end that make a short track a false one
@@ -57,10 +57,7 @@ def order_of(scores: Tensor, valid: Tensor, tie: Tensor) -> Tensor:
 def hashed(clip: Tensor, frames: int, rows: int) -> Tensor:
     """Numbers in [0, 2^63) that depend on clip, frame and row alone.    Shapes: clip [] int64 -> [T, Q] int64."""
     index = torch.arange(1, frames * rows + 1, device=clip.device).view(frames, rows)
-    word = index * GOLDEN + clip * MIX_1
-    word = (word ^ shift_right(word, 30)) * MIX_1
-    word = (word ^ shift_right(word, 27)) * MIX_2
-    return shift_right(word ^ shift_right(word, 31), 1)
+    return shift_right(mixed(index * GOLDEN + clip * MIX_1), 1)
 
 
 def suppress(overlap: Tensor, order: Tensor, valid: Tensor, limit: float) -> Tensor:
@@ -88,16 +85,6 @@ def overlap_of(masks: Tensor, others: Tensor) -> Tensor:
     both = one @ other.T
     union = one.sum(1)[:, None] + other.sum(1) - both
     return torch.where(union > 0, (both + TINY) / (union + TINY), 0)
-
-
-def box_overlap(boxes: Tensor) -> Tensor:
-    """Intersection over union of every two boxes; 0 where one has no area.    Shapes: [N, 4] x0, y0, x1, y1 -> [N, N]."""
-    low = torch.maximum(boxes[:, None, :2], boxes[:, :2])
-    high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
-    union = area[:, None] + area - both
-    return both / torch.where(union > 0, union, torch.ones_like(union))
 
 
 def select(tracks: Tracks, candidates: Tensor, order: Tensor, valid: Tensor, cfg: TrackerConfig) -> Tensor:

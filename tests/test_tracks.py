@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.testing import assert_close
 
+from cl_sim.boxes import overlap as box_overlap
 from cl_sim.clips import Items, Roll, clip_items, pair_items, pairing, roll, wrong_rows
 from cl_sim.errors import BadConfig, ClSimError
 from cl_sim.losses import bank_contrast
@@ -36,7 +37,6 @@ from cl_sim.testing import NoHostReads
 from cl_sim.tracker import (
     TrackerConfig,
     advance,
-    box_overlap,
     follow,
     hashed,
     mask_overlap,
@@ -665,7 +665,7 @@ def test_duplicates_are_suppressed_best_first() -> None:
 
 def test_boxes_overlap_by_their_shared_area() -> None:
     boxes = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [8, 8, 9, 9], [0, 0, 0, 0]])
-    found = box_overlap(boxes)
+    found = box_overlap(boxes, boxes)
     assert found[0].tolist() == pytest.approx([1, 1 / 3, 0, 0])
     assert found[3].tolist() == [0] * 4
     assert torch.equal(found, found.T)

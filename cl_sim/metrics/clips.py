@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap  # type: ignore[attr-defined]
 
+from cl_sim import boxes
 from cl_sim.metrics.association import (
     association_accuracy,
     combine_accuracy,
@@ -28,7 +29,7 @@ from cl_sim.metrics.association import (
     recovered,
     video_ap,
 )
-from cl_sim.tracker import TrackerConfig, box_overlap, follow, hashed, mask_overlap, order_of, overlap_of, suppress
+from cl_sim.tracker import TrackerConfig, follow, hashed, mask_overlap, order_of, overlap_of, suppress
 from cl_sim.types import Batch
 
 Candidates = Callable[[Tensor, Batch], tuple[Tensor, Batch]]  # the answers of a net that proposes instances, as rows
@@ -64,7 +65,8 @@ class Tracked:
         if "masks" in flat:
             overlap = vmap(vmap(mask_overlap))(flat["masks"] & valid[..., None, None])
         else:
-            overlap = vmap(vmap(box_overlap))(flat["boxes"] * valid[..., None])
+            shown = flat["boxes"] * valid[..., None]
+            overlap = boxes.overlap(shown, shown)
         if cfg.suppress < 1:
             order = vmap(vmap(order_of))(scores, valid, tie)
             valid = vmap(vmap(partial(suppress, limit=cfg.suppress)))(overlap, order, valid)
