@@ -64,9 +64,9 @@ class Job:
         for line in lines:
             self.samples = max(self.samples, line.get("samples", 0))
             if line["kind"] == "curve":
-                self.shown |= {key: _mean(values) for key, values in line["values"].items()}
+                self.shown |= {key: journal.known_mean(values) for key, values in line["values"].items()}
             if line["kind"] == "evaluation":
-                self.shown[f"{line.get('measure', 'acc')}_seen"] = _mean(
+                self.shown[f"{line.get('measure', 'acc')}_seen"] = journal.known_mean(
                     [
                         a
                         for row, seen in zip(line["accuracy"], line["seen"], strict=True)
@@ -74,11 +74,6 @@ class Job:
                         if s
                     ]
                 )
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")
 
 
 def launch(

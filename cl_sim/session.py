@@ -27,7 +27,7 @@ from cl_sim.rng import Rng
 from cl_sim.strategy import Env, Strategy
 from cl_sim.stream import Stream
 from cl_sim.tracking import film, groups, views
-from cl_sim.tracking.journal import Journal, read
+from cl_sim.tracking.journal import Journal, known_mean, read
 
 
 def build_stream(config: RunConfig, seeds: Sequence[int]) -> Stream:
@@ -194,12 +194,6 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
         "peak_bytes": peak_bytes(strategy.env.device),
     }
     return values | {key: np.full(runs, float(value)) for key, value in costs.items()}
-
-
-def known_mean(row: Sequence[float | None]) -> float:
-    """The mean of what was measured; NaN if nothing was."""
-    known = [value for value in row if value is not None]
-    return sum(known) / len(known) if known else float("nan")
 
 
 def memories(strategy: nn.Module) -> list[Rows]:

@@ -16,7 +16,7 @@ from cl_sim.metrics.clips import Tracked
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Stream
 from cl_sim.tracker import TrackerConfig
-from cl_sim.tracking import strips
+from cl_sim.tracking import figures, strips
 
 FILE = "clip.npz"
 
@@ -67,16 +67,12 @@ def similarity_figure(emb: NDArray[np.float32], instance: NDArray[np.int64], pat
 
     Shapes: emb [T, Q, D], instance [T, Q], -1 for none.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     frame, row = np.nonzero(instance >= 0)
     order = np.lexsort((frame, instance[frame, row]))
     views = emb[frame, row][order]
     whose = instance[frame, row][order]
     unit = views / np.maximum(np.linalg.norm(views, axis=1, keepdims=True), 1e-8)
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.blank(5.6, 4.8)
     axes = figure.subplots()
     image = axes.imshow(unit @ unit.T, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
     for edge in np.flatnonzero(np.diff(whose)) + 0.5:
@@ -84,5 +80,4 @@ def similarity_figure(emb: NDArray[np.float32], instance: NDArray[np.int64], pat
         axes.axvline(edge, color="black", lw=0.5)
     axes.set(xlabel="views, by instance and then by frame", ylabel="views")
     figure.colorbar(image, label="cosine")
-    figure.savefig(path, dpi=140)
-    return path
+    return figures.save(figure, path)

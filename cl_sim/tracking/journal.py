@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,6 +103,12 @@ def read(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
             ) from None
         byte += len(raw) + 1
     return lines, byte
+
+
+def known_mean(row: Sequence[float | None]) -> float:
+    """The mean of the values of a line that were measured; NaN if none was."""
+    known = [value for value in row if value is not None]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def _line(raw: bytes) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from cl_sim import store
 from cl_sim.metrics import transfer
 from cl_sim.report import interval
-from cl_sim.tracking import film as film_
-from cl_sim.tracking import groups as groups_
-from cl_sim.tracking import journal
-from cl_sim.tracking import views as views_
+from cl_sim.tracking import figures, film, groups, journal, views
 
 Floats = NDArray[np.float64]
+Journals = list[list[dict[str, Any]]]  # the lines of each group
+KEPT = (groups, film, views)  # pictures of what the process that trained has kept beside its journal
 LABELLED = 12  # cells per side that still get their number written in
 FEW = 20  # classes that still get a colour and a legend entry of their own
 WIDTH, HEIGHT = 6.4, 4.0  # inches
@@ -35,11 +34,12 @@ def draw_run(run_dir: Path) -> list[Path]:
     """Write a run's pictures and matrices into its `artifacts` folder; returns what was written."""
     record = store.record_of(run_dir)
     folder = run_dir / "artifacts"
-    evaluations, counts = _evaluations(run_dir), _memory(run_dir)
+    journals = _journals(run_dir)
+    evaluations, counts = _evaluations(journals), _memory(journals)
     if not evaluations:
         return []
     folder.mkdir(exist_ok=True)
-    measured = _measured(run_dir)
+    measured = _measured(journals)
     seeds = record["seeds"][: len(evaluations)]
     matrices = [transfer.matrix(one) for one in evaluations]
     content = {str(seed): np.round(matrix, 6).tolist() for seed, matrix in zip(seeds, matrices, strict=True)}
@@ -55,49 +55,46 @@ def draw_run(run_dir: Path) -> list[Path]:
     if counts is not None:
         title = f"{record['strategy']} on {record['stream']}: memory of seed {record['seeds'][0]}"
         made.append(memory_figure(*counts, folder / "memory.png", title))
-    groups = next((own for lines in _journals(run_dir) if (own := [x for x in lines if x["kind"] == "clusters"])), [])
-    if groups:
+    health = _first(journals, "clusters")
+    if health:
         title = f"{record['strategy']} on {record['stream']}: clusters of seed {record['seeds'][0]}"
-        made.append(shares_figure(*groups_.curves(groups), folder / "cluster_health.png", title))
-    for kept in [group / groups_.FILE for group in store.group_folders(run_dir)][:1]:
-        made += groups_.draw(kept, folder) if kept.exists() else []
-    for film in [group / film_.FILE for group in store.group_folders(run_dir)][:1]:
-        made += film_.draw(film, folder) if film.exists() else []
-    for kept in [group / views_.FILE for group in store.group_folders(run_dir)][:1]:
-        made += views_.draw(kept, folder) if kept.exists() else []
+        made.append(shares_figure(*groups.curves(health), folder / "cluster_health.png", title))
+    for part in KEPT:
+        file = store.group_folders(run_dir)[0] / part.FILE
+        made += part.draw(file, folder) if file.exists() else []
     return made
 
 
-def _evaluations(run_dir: Path) -> list[transfer.Record]:
+def _evaluations(journals: Journals) -> list[transfer.Record]:
     """One record per seed, of the groups that have any evaluation."""
     found = []
-    for lines in _journals(run_dir):
+    for lines in journals:
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
         runs = len(evaluations[0]["accuracy"]) if evaluations else 0
         found += [transfer.record(evaluations, run) for run in range(runs)]
     return found
 
 
-def _measured(run_dir: Path) -> str:
+def _measured(journals: Journals) -> str:
     """What the evaluations hold, in words."""
-    kinds = {
-        line.get("measure", "acc") for lines in _journals(run_dir) for line in lines if line["kind"] == "evaluation"
-    }
+    kinds = {line.get("measure", "acc") for lines in journals for line in lines if line["kind"] == "evaluation"}
     return WORDS[kinds.pop()] if len(kinds) == 1 else "accuracy"
 
 
-def _memory(run_dir: Path) -> tuple[NDArray[np.int64], Floats] | None:
+def _memory(journals: Journals) -> tuple[NDArray[np.int64], Floats] | None:
     """Samples seen and rows per class in the first seed's memory."""
-    for lines in _journals(run_dir):
-        memory = [line for line in lines if line["kind"] == "memory"]
-        if memory:
-            return np.array([line["samples"] for line in memory]), np.array(
-                [line["counts"][0] for line in memory], float
-            )
-    return None
+    lines = _first(journals, "memory")
+    if not lines:
+        return None
+    return np.array([line["samples"] for line in lines]), np.array([line["counts"][0] for line in lines], float)
 
 
-def _journals(run_dir: Path) -> list[list[dict[str, Any]]]:
+def _first(journals: Journals, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind in the first group that has any."""
+    return next((own for lines in journals if (own := [line for line in lines if line["kind"] == kind])), [])
+
+
+def _journals(run_dir: Path) -> Journals:
     paths = [folder / "journal.jsonl" for folder in store.group_folders(run_dir)]
     return [journal.read(path)[0] for path in paths if path.exists()]
 
@@ -129,7 +126,7 @@ def matrix_figure(matrix: Floats, names: Sequence[str], title: str, path: Path, 
         axes.set(xlabel="split", ylabel="after task")
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, label=f"{measured}, %")
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def anytime_figure(
@@ -146,7 +143,7 @@ def anytime_figure(
         axes.autoscale(axis="y")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path, title: str = "") -> Path:
@@ -164,7 +161,7 @@ def memory_figure(samples: NDArray[np.int64], counts: Floats, path: Path, title:
         axes.legend(title="class", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         _class_bar(figure, axes, counts.shape[1])
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def shares_figure(samples: NDArray[np.int64], shares: Mapping[str, Floats], path: Path, title: str = "") -> Path:
@@ -176,7 +173,7 @@ def shares_figure(samples: NDArray[np.int64], shares: Mapping[str, Floats], path
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def timeline_figure(edges: NDArray[np.int64], counts: Floats, ends: Sequence[int], path: Path) -> Path:
@@ -188,15 +185,11 @@ def timeline_figure(edges: NDArray[np.int64], counts: Floats, ends: Sequence[int
         axes.axvline(end, color="tab:red", lw=0.8)
     axes.set(xlabel="samples seen", ylabel="class")
     figure.colorbar(image, label="samples per bin")
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.blank(width, height)
     return figure, figure.subplots()
 
 
@@ -212,8 +205,3 @@ def _class_bar(figure: Any, axes: Any, count: int) -> None:
     from matplotlib.colors import Normalize
 
     figure.colorbar(ScalarMappable(Normalize(0, count - 1), "turbo"), ax=axes, label="class")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=140)
-    return path

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cl_sim.augment import join_halves
+from cl_sim.augment import join_halves, to_dtype
 from cl_sim.randaugment import strong
 from cl_sim.rng import Rng
 from cl_sim.sample_adaptive import SampleAdaptive
+from cl_sim.tracking import figures
 
 FILE = "views.npz"  # beside a group's journal
 SHOWN = 6  # samples of each kind
@@ -51,7 +52,7 @@ def gallery(part: SampleAdaptive) -> dict[str, NDArray[np.uint8]]:
 
 def _pictures(x: Tensor, rng: Rng) -> NDArray[np.uint8]:
     """Shapes: [n, C, H, W] -> [n, 3, C, H, W]."""
-    raw = (x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255).round().to(torch.uint8))[None]
+    raw = (x if x.dtype == torch.uint8 else to_dtype(x.clamp(0, 1), torch.uint8))[None]
     if not raw.shape[1]:
         return np.zeros((0, len(COLUMNS), *x.shape[1:]), np.uint8)
     first, second = strong(raw, rng), strong(raw, rng)
@@ -62,14 +63,10 @@ def _pictures(x: Tensor, rng: Rng) -> NDArray[np.uint8]:
 
 def draw(path: Path, folder: Path) -> list[Path]:
     """The picture `views.png` of what was kept: naive samples on the left, others on the right, a sample in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with np.load(path) as kept:
         kinds = {name: kept[name] for name in ("naive", "other")}
     rows = max(1, *(len(images) for images in kinds.values()))
-    figure = Figure(figsize=(CELL * 2 * len(COLUMNS) + 0.6, CELL * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.blank(CELL * 2 * len(COLUMNS) + 0.6, CELL * rows + 0.8)
     halves: Any = figure.subfigures(1, 2)
     for half, (name, images) in zip(halves, kinds.items(), strict=True):
         half.suptitle(f"{name} samples" if len(images) else f"no {name} sample", fontsize=9)
@@ -77,8 +74,7 @@ def draw(path: Path, folder: Path) -> list[Path]:
         for row in range(rows):
             for column, title in enumerate(COLUMNS):
                 _show(axes[row, column], images[row, column] if row < len(images) else None, title if row == 0 else "")
-    figure.savefig(folder / "views.png", dpi=140)
-    return [folder / "views.png"]
+    return [figures.save(figure, folder / "views.png")]
 
 
 def _show(axes: Any, image: NDArray[np.uint8] | None, title: str) -> None:

@@ -25,7 +25,7 @@ import torch
 from learner import BATCH, CAPACITY, AvalancheLearner, Bare, Learner
 from timing import alternate, milliseconds, operators, python_calls, ratio
 
-from cl_sim import config, engine, session, store
+from cl_sim import config, engine, store
 from cl_sim.tracking.journal import Journal, read
 
 STRATEGIES = ("finetune", "er", "er_ace", "derpp", "pcr", "hpcr", "scr")
@@ -357,7 +357,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--only", choices=sorted(TABLES), action="append")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args(words)
-    device = session.torch.device(asked.device)
+    device = torch.device(asked.device)
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {"tables": {}}
     for name in asked.only or TABLES:
         machine = store.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
