@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cl_sim import engine, fewshot_lists, session
+from cl_sim import engine, fewshot_lists
 from cl_sim.arrays import Arrays, DataSet
-from cl_sim.config import from_dict
 from cl_sim.errors import BadConfig, BadData, UnknownName
 from cl_sim.fewshot_lists import NOVEL, Pool, pool
 from cl_sim.metrics.fewshot import NAMES, Episodic, Task, draw, episode_accuracy
-from cl_sim.testing import Toy, train
+from cl_sim.testing import Toy, toy, train
 from streams.fewshot import Fewshot, FewshotConfig
 
 CPU = torch.device("cpu")
@@ -37,20 +36,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Toy]:
     monkeypatch.setattr("streams.fewshot.pool", lambda name, folder, size: pictures())
 
     def make(seeds: tuple[int, ...] = (0,), strategy: dict[str, Any] | None = None, **own: Any) -> Toy:
-        small = {"name": "beclr", "capacity": 100, "replay": 0, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05}
+        small = {"capacity": 100, "replay": 0, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05}
         offline = {"memory": "fifo", "assign": "batch_ot", "gamma": 0.0, "gate": False, "schedule": "cosine"}
-        config = from_dict(
-            {
-                "strategy": {**small, **offline, **(strategy or {})},
-                "stream": {"name": "fewshot", "batch": 20, "episodes": 150, **own},
-                "encoder": {"name": "mlp", "hidden": [32]},
-                "augment": ["jitter:1"],
-                "seeds": list(seeds),
-                "stack": len(seeds),
-            }
-        )
-        stream = session.build_stream(config, config.seeds)
-        return Toy(stream, session.build_strategy(config, stream, config.seeds))
+        stream = {"name": "fewshot", "batch": 20, "episodes": 150, **own}
+        settings = {"strategy": {**small, **offline, **(strategy or {})}, "stream": stream, "augment": ["jitter:1"]}
+        return toy("beclr", seeds, settings)
 
     return make
 

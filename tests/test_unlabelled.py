@@ -19,7 +19,7 @@ from cl_sim.engine import Plan
 from cl_sim.errors import BadConfig
 from cl_sim.metrics import clustering, probe
 from cl_sim.stream import Stream
-from cl_sim.testing import Toy, train
+from cl_sim.testing import Toy, toy, train
 from cl_sim.tracking import plots
 from streams.unlabelled import Unlabelled, UnlabelledConfig, ranks
 
@@ -35,19 +35,9 @@ def unlabelled(which: tuple[int, ...] = (0,), **own: Any) -> Unlabelled:
 
 
 def made(which: tuple[int, ...] = (0,), strategy: dict[str, Any] | None = None) -> Toy:
-    small = {"name": "beclr", "capacity": 80, "replay": 10, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05}
-    config = from_dict(
-        {
-            "strategy": merge(small, strategy or {}),
-            "stream": {"name": "unlabelled", "of": "synthetic", "settings": list(SYNTHETIC), "supports": 5},
-            "encoder": {"name": "mlp", "hidden": [32]},
-            "augment": ["jitter:1"],
-            "seeds": list(which),
-            "stack": len(which),
-        }
-    )
-    stream = session.build_stream(config, config.seeds)
-    return Toy(stream, session.build_strategy(config, stream, config.seeds))
+    small = {"capacity": 80, "replay": 10, "clusters": 8, "hidden": 32, "width": 16, "lr": 0.05}
+    stream = {"name": "unlabelled", "of": "synthetic", "settings": list(SYNTHETIC), "supports": 5}
+    return toy("beclr", which, {"strategy": merge(small, strategy or {}), "stream": stream, "augment": ["jitter:1"]})
 
 
 def random_rows(*shape: int, seed: int) -> Tensor:
