@@ -14,10 +14,13 @@ refreshed then; one row per image, the mean of both views; balance is asked of t
 classes (`assign=batch_ot`: as published); neighbours are positives for the anchor (the released rows give no gradient),
 found before the memory is written to, and only those that are almost as near as the other view (`gate`); phases by samples seen;
 constant rates unless `schedule=cosine`. `neighbours=random`: each row that would be kept is replaced by a random one.
+`pairing=row negatives=enhanced` is the released loss: the batch is enlarged with neighbours from three memories, of p, of z_s
+and of z_t, and rows are paired by their place; as neighbours get no gradient, they only shrink that of the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +35,7 @@ from cl_sim.consistency import supervised
 from cl_sim.encoders.siamese import Siamese
 from cl_sim.errors import BadConfig
 from cl_sim.masking import block_mask, erase_patches
-from cl_sim.memory.clustered import Assign, Clustered, nearest_prototype
+from cl_sim.memory.clustered import Assign, Clustered, label_of, nearest_prototype
 from cl_sim.memory.clusters import memory_rows, nearest_in_cluster
 from cl_sim.optim import Teacher, trainable
 from cl_sim.runs import join, per_run
@@ -44,6 +47,7 @@ __all__ = ["BECLR", "BECLRConfig", "cosine_value", "memory_rows"]
 
 alignment = per_run(losses.alignment)
 uniformity = per_run(losses.uniformity)
+enhanced = per_run(losses.enhanced)
 info_nce = per_run(losses.info_nce)
 LAST_LR = 1e-6  # where a cosine schedule ends
 
@@ -65,6 +69,8 @@ class BECLRConfig:
     memory: Literal["both", "fifo", "reservoir", "none"] = "both"  # a ring and a reservoir, one of them, or nothing
     assign: Assign = "memory_ot"  # balance over the memory, over the batch as published, or the nearest prototype
     gate: bool = True  # only neighbours with a cosine of kappa times that of two views
+    pairing: Literal["anchor", "row"] = "anchor"  # row: as released, by place in the enlarged batch
+    negatives: Literal["batch", "enhanced"] = "batch"  # enhanced: as released, neighbours of the student's rows too
     capacity: int = 2000  # rows in all
     recent: int = 0  # of these, rows of the ring in `both`; 0: a quarter
     replay: int = 32  # rows of the reservoir (fifo: of the ring) replayed per step
@@ -107,6 +113,10 @@ class BECLRConfig:
             raise BadConfig("memory is 'none', so nothing can come from it; add replay=0 neighbours=none readout=head")
         if self.objective != "beclr" and self.neighbours != "none":
             raise BadConfig(f"objective '{self.objective}' takes no neighbours; add --set strategy.neighbours=none")
+        if self.spaces and self.neighbours == "none":
+            raise BadConfig("pairing=row and negatives=enhanced are about neighbours, but neighbours is 'none'")
+        if self.pairing == "row" and self.gate:
+            raise BadConfig("pairing is 'row', which takes every neighbour; add --set strategy.gate=false")
         most = max(self.clusters, self.k)
         if self.memory != "none" and most > self.capacity:
             raise BadConfig(f"capacity is {self.capacity}, but clusters or k is {most}; a memory needs as many rows")
@@ -118,6 +128,11 @@ class BECLRConfig:
         """Rows of the ring and of the reservoir."""
         ring = {"fifo": self.capacity, "reservoir": 0}.get(self.memory, self.recent or max(self.capacity // 4, 1))
         return ring, self.capacity - ring
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """Embeddings of the student that the memory keeps beside the teacher's: predictions, projections."""
+        return ("p",) * (self.pairing == "row") + ("s",) * (self.negatives == "enhanced")
 
 
 class BECLR(Strategy):
@@ -151,7 +166,7 @@ class BECLR(Strategy):
     def make_memory(cfg: BECLRConfig, env: Env) -> Clustered:
         """Inputs, stream numbers and labels where there are any, with embeddings."""
         fields = {name: field for name, field in env.fields.items() if name in ("x", "y", "index")}
-        rule = {"assign": cfg.assign, "eps": cfg.eps, "gamma": cfg.gamma}
+        rule = {"assign": cfg.assign, "eps": cfg.eps, "gamma": cfg.gamma, "spaces": cfg.spaces}
         return Clustered(*cfg.parts, cfg.clusters, cfg.width, fields, env.rng, **rule)  # type: ignore[arg-type]
 
     @property
@@ -168,7 +183,8 @@ class BECLR(Strategy):
         x = torch.cat([self.env.augment(both)["x"] for _ in range(2)], 1)  # [R, 2N, ...] view 1, then view 2
         p, z, features = self.net(self.masked(x))
         target = normalize((self.teacher(x) if self.teacher is not None else z).detach(), dim=-1)  # z_t
-        near, weight = self.neighbours(target, both, old)
+        rows = {"z": target, "p": normalize(p.detach(), dim=-1), "s": normalize(z.detach(), dim=-1)}
+        near, weight = self.neighbours(rows, both, old)
         loss = self.loss(p, z, target, near, weight)
         if self.labels:
             y = both["y"].repeat(1, 2)
@@ -180,7 +196,7 @@ class BECLR(Strategy):
         self.likeness.copy_(torch.where(self.step == 0, agreement, 0.95 * self.likeness + 0.05 * agreement))
         self.step += 1
         logs = {"loss": loss, "view_cosine": agreement, "embedding_std": target.std(1).mean(-1)}
-        return logs | self.remember(new, old, views, weight)
+        return logs | self.remember(new, old, rows, weight)
 
     def masked(self, x: Tensor) -> Tensor:
         """What the student sees: the images with blocks of patches at 0.    Shapes: [R, 2N, ...] -> same."""
@@ -190,37 +206,57 @@ class BECLR(Strategy):
         grid = (x.shape[-2] // patch, x.shape[-1] // patch)
         return erase_patches(x, block_mask(grid, self.cfg.mask_low, self.cfg.mask_high, self.rng, x.shape[1]), patch)
 
-    def loss(self, p: Tensor, z: Tensor, target: Tensor, near: Tensor | None, weight: Tensor | None) -> Tensor:
-        """The objective of a batch of two views.    Shapes: p, z and target [R, 2N, D], neighbours [R, 2N, k, D] -> [R]."""
+    def loss(self, p: Tensor, z: Tensor, target: Tensor, near: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The objective of a batch of two views.
+
+        Shapes: p, z and target [R, 2N, D], neighbours [R, 2N, k, D] by space, or none, and which count [R, 2N, k] -> [R].
+        """
         if self.cfg.objective == "simclr":
             return info_nce(*z.chunk(2, 1), tau=self.cfg.contrast, similarity="cos")
-        aligned: Tensor = alignment(p, target) if near is None else alignment(p, target, near, weight)
-        return (
-            aligned if self.cfg.objective == "simsiam" else aligned + self.cfg.spread * uniformity(z, tau=self.cfg.tau)
+        aligned: Tensor
+        if "p" in near:
+            aligned = alignment(enhanced(p, near["p"]), enhanced(target, near["z"]))
+        else:
+            aligned = alignment(p, target, near["z"], weight) if near else alignment(p, target)
+        if self.cfg.objective == "simsiam":
+            return aligned
+        whole: Tensor = aligned + self.cfg.spread * uniformity(
+            enhanced(z, near["s"]) if "s" in near else z, tau=self.cfg.tau
         )
+        return whole
 
-    def neighbours(self, target: Tensor, both: Batch, old: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of the memory for every target, and which count; none at first.    Shapes: -> [R, 2N, k, D], [R, 2N, k]."""
-        memory, k, how = self.memory, self.cfg.k, self.cfg.neighbours
-        if memory is None or how == "none" or memory.offered < self.onset:
-            return None, None
-        rows, labels = (memory.row(name)[:, : memory.capacity] for name in ("z", "cluster"))
+    def neighbours(self, found: Batch, both: Batch, old: Batch) -> tuple[Batch, Tensor | None]:
+        """Rows of the memory for every row of a batch, by space, and which of the targets' count; none at first.
+
+        Shapes: found [R, 2N, D] by space, targets in `z` -> [R, 2N, k, D] by space, [R, 2N, k].
+        """
+        memory = self.memory
+        if memory is None or self.cfg.neighbours == "none" or memory.offered < self.onset:
+            return {}, None
         fresh = both["x"].shape[1] - old["slot"].shape[1]
         own = nn.functional.pad(old["slot"], (fresh, 0), value=memory.capacity).repeat(1, 2)  # [R, 2N] never itself
         slots = torch.arange(memory.capacity, device=own.device)
         allowed = memory.valid()[:, None] & (slots != own[..., None])  # [R, 2N, M]
-        if how == "global":
-            index, cosine = nearest(target, rows, labels * 0, memory.prototypes[:, :1], allowed, k=k)
-        else:
-            index, cosine = nearest(target, rows, labels, memory.prototypes, allowed, k=k)
+        index, cosine = self.lookup(memory, "z", found["z"], allowed)
         there = cosine > -torch.inf
         weight = there & (cosine >= self.cfg.kappa * self.likeness[:, None, None]) if self.cfg.gate else there
-        if how == "random":
-            index = self.rng.uniform(*allowed.shape[1:]).masked_fill(~allowed, -1).topk(k).indices
         if self.labels:
             theirs, mine = memory.row("y")[memory.run[..., None], index], both["y"].repeat(1, 2)[..., None]
             weight = torch.where((theirs >= 0) & (mine >= 0), (theirs == mine) & there, weight)
-        return rows[memory.run[..., None], index], weight.to(rows.dtype)
+        chosen = {"z": index, **{s: self.lookup(memory, s, found[s], allowed)[0] for s in self.cfg.spaces}}
+        near = {space: memory.row(space)[memory.run[..., None], which] for space, which in chosen.items()}
+        return near, weight.to(near["z"].dtype)
+
+    def lookup(self, memory: Clustered, space: str, rows: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of k neighbours of each row in one space, and the cosines of the nearest.    Shapes: -> [R, 2N, k] twice."""
+        kept, labels = (memory.row(name)[:, : memory.capacity] for name in (space, label_of(space)))
+        centres = memory.centres(space)
+        if self.cfg.neighbours == "global":
+            labels, centres = labels * 0, centres[:, :1]
+        index, cosine = nearest(rows, kept, labels, centres, allowed, k=self.cfg.k)
+        if self.cfg.neighbours == "random":
+            index = self.rng.uniform(*allowed.shape[1:]).masked_fill(~allowed, -1).topk(self.cfg.k).indices
+        return index, cosine
 
     def follow(self, new: Batch) -> None:
         """Move the teacher; with a schedule, set both rates for the next step by the samples seen."""
@@ -234,22 +270,26 @@ class BECLR(Strategy):
             self.teacher.update(self.net, decay)
 
     @torch.no_grad()
-    def remember(self, new: Batch, old: Batch, views: tuple[Tensor, ...], weight: Tensor | None) -> Logs:
-        """Refresh the replayed rows, store the new ones, group all.    Shapes: views [R, N, D] each -> each log [R]."""
+    def remember(self, new: Batch, old: Batch, found: Batch, weight: Tensor | None) -> Logs:
+        """Refresh the replayed rows, store the new ones, group all.    Shapes: found [R, 2N, D] by space -> each log [R]."""
         memory = self.memory
         if memory is None:
             return {}
-        z = normalize(views[0] + views[1], dim=-1)
         size, clustered = new["x"].shape[1], memory.offered >= self.fill
-        balanced = clustered and self.cfg.assign == "batch_ot"
-        own = memory.assigned(z) if balanced else nearest_prototype(z, memory.prototypes)
-        memory.write(old["slot"], {"z": z[:, size:], "cluster": own[:, size:]})
-        memory.add({**new, "z": z[:, :size], "cluster": own[:, :size]})
+        fresh: Batch = {}
+        for space in memory.spaces:
+            one, two = found[space].chunk(2, 1)
+            z = normalize(one + two, dim=-1)
+            balanced = clustered and self.cfg.assign == "batch_ot"
+            own = memory.assigned(z, space) if balanced else nearest_prototype(z, memory.centres(space))
+            fresh |= {space: z, label_of(space): own}
+        memory.write(old["slot"], {name: rows[:, size:] for name, rows in fresh.items()})
+        memory.add({**new, **{name: rows[:, :size] for name, rows in fresh.items()}})
         if clustered:
             memory.regroup()
         elif memory.offered >= self.fill:
             memory.start()
-        chosen = [nearest_prototype(view, memory.prototypes) for view in views]
+        chosen = [nearest_prototype(view, memory.prototypes) for view in found["z"].chunk(2, 1)]
         sizes = memory.sizes()
         return {
             "neighbours_kept": weight.mean((1, 2)) if weight is not None else torch.zeros_like(self.likeness),

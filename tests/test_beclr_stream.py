@@ -14,6 +14,7 @@ import references_beclr_stream as references
 import torch
 from hypothesis import given, settings
 from hypothesis.strategies import booleans, integers, lists
+from references_beclr import row_pairing, uniformity
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -25,7 +26,7 @@ from cl_sim.encoders.siamese import Siamese
 from cl_sim.engine import evaluate
 from cl_sim.errors import BadConfig
 from cl_sim.memory import clusters
-from cl_sim.memory.clustered import Clustered
+from cl_sim.memory.clustered import Clustered, label_of
 from cl_sim.optim import Teacher
 from cl_sim.rng import Rng
 from cl_sim.runs import Lift, per_run
@@ -227,10 +228,9 @@ def lookup(one: Toy) -> tuple[Tensor, Batch, Batch, Tensor, Tensor]:
     new, old = one.stream.batch(30), memory.replay(10)
     both = {key: torch.cat([new[key], old[key]], 1) for key in ("x", "y")}
     target = normalize(strategy.net(both["x"].repeat(1, 2, 1, 1, 1))[1].detach(), dim=-1)
-    near, weight = strategy.neighbours(target, both, old)
-    assert near is not None
+    near, weight = strategy.neighbours({"z": target}, both, old)
     assert weight is not None
-    return target, both, old, near, weight
+    return target, both, old, near["z"], weight
 
 
 @pytest.mark.parametrize("how", ["cluster", "global", "random"])
@@ -260,11 +260,10 @@ def test_the_gate_keeps_what_is_almost_as_near_as_the_other_view() -> None:
     assert torch.equal(weight.bool(), same)  # every label is known here, so labels decide
     unlabelled = {**both, "y": torch.full_like(both["y"], -1)}
     strategy = beclr(one)
-    again = strategy.neighbours(target, unlabelled, {"slot": torch.full((1, 10), 80)})
-    assert again[0] is not None
-    assert again[1] is not None
-    free = (again[0] * target[:, :, None]).sum(-1)
-    assert torch.equal(again[1].bool(), free >= 0.8 * strategy.likeness)
+    again, counts = strategy.neighbours({"z": target}, unlabelled, {"slot": torch.full((1, 10), 80)})
+    assert counts is not None
+    free = (again["z"] * target[:, :, None]).sum(-1)
+    assert torch.equal(counts.bool(), free >= 0.8 * strategy.likeness)
 
 
 def neighbour_labels(one: Toy, near: Tensor) -> Tensor:
@@ -281,12 +280,91 @@ def test_random_neighbours_are_as_many_as_the_nearest_ones_but_others() -> None:
     target = normalize(torch.randn(1, 20, 16), dim=-1)
     both = {"x": torch.zeros(1, 10, 3, 8, 8), "y": torch.full((1, 10), -1)}
     none = {"slot": torch.zeros(1, 0, dtype=torch.int64)}
-    found = [beclr(one).neighbours(target, both, none) for one in (near, chance)]
+    found = [beclr(one).neighbours({"z": target}, both, none) for one in (near, chance)]
     assert found[0][1] is not None
     assert found[1][1] is not None
     assert torch.equal(found[0][1], found[1][1])
-    likeness = [float((rows * target[:, :, None]).sum(-1).mean()) for rows, _ in found if rows is not None]
+    likeness = [float((rows["z"] * target[:, :, None]).sum(-1).mean()) for rows, _ in found]
     assert likeness[0] > likeness[1] + 0.1
+
+
+# --- the released loss --------------------------------------------------------------------------------------------------
+
+RELEASED = {"pairing": "row", "negatives": "enhanced", "gate": False, "assign": "batch_ot", "gamma": 0.0}
+
+
+@pytest.mark.parametrize("own", [{"memory": "fifo"}, {"memory": "fifo", "replay": 0}, {"assign": "memory_ot"}])
+def test_the_released_loss_is_that_of_three_memories_and_pairs_by_place(own: dict[str, Any]) -> None:
+    one = made({**RELEASED, **own})
+    train(one, 0, 30)
+    strategy, memory = beclr(one), memory_of(one)
+    p, z, target = (normalize(torch.randn(1, 20, 16, dtype=F64), dim=-1).float() for _ in range(3))
+    both = {"x": torch.zeros(1, 10, 3, 8, 8), "y": torch.full((1, 10), -1)}
+    none = {"slot": torch.zeros(1, 0, dtype=torch.int64)}
+    near, weight = strategy.neighbours({"z": target, "p": p, "s": z}, both, none)
+    assert set(near) == {"z", "p", "s"}
+    rows = [{space: memory.row(space)[0, m].tolist() for space in near} for m in range(80)]
+    for space, queries in (("z", target), ("p", p), ("s", z)):
+        own_cluster = memory.row(label_of(space))[0, :80].tolist()
+        centres = memory.centres(space)[0].tolist()
+        for number, query in enumerate(queries[0].tolist()):
+            group = references.nearest(query, centres)
+            inside = [m for m in range(80) if own_cluster[m] == group]
+            searched = inside if len(inside) >= 3 else range(80)
+            best = sorted(searched, key=lambda m: -references.cosine(rows[m][space], query))[:3]
+            assert_close(near[space][0, number], torch.tensor([rows[m][space] for m in best]))
+    slow = row_pairing(p[0].tolist(), target[0].tolist(), near["p"][0].tolist(), near["z"][0].tolist())
+    halves = zip(z[0].chunk(2), near["s"][0].chunk(2), strict=True)
+    enlarged = [row for rows, extra in halves for row in (*rows.tolist(), *extra.flatten(0, 1).tolist())]
+    found = strategy.loss(p, z, target, near, weight)
+    assert float(found) == pytest.approx(slow + 0.1 * uniformity(enlarged, 2.0), abs=1e-5)
+
+
+def test_the_student_s_memories_hold_its_own_rows_and_cost_bytes() -> None:
+    one, plain = made({**RELEASED, "memory": "fifo", "replay": 0}), made({"memory": "fifo", "replay": 0})
+    for toy_run in (one, plain):
+        train(toy_run, 0, 12)
+    memory = memory_of(one)
+    for space in ("p", "s"):
+        rows = memory.row(space)[0, :80]
+        assert_close(rows.norm(dim=1), torch.ones(80))
+        assert float((rows - memory.row("z")[0, :80]).abs().max()) > 0.1
+    assert memory.bytes_per_row == memory_of(plain).bytes_per_row + 2 * (16 * 4 + 8)
+    assert memory.nbytes == memory_of(plain).nbytes + 2 * (80 * (16 * 4 + 8) + 8 * 16 * 4)
+
+
+def test_neighbours_of_the_released_loss_only_shrink_the_gradient() -> None:
+    one = made({**RELEASED, "memory": "fifo"})
+    p, z, target = (torch.randn(1, 20, 16) for _ in range(3))
+    near = {space: torch.randn(1, 20, 3, 16) for space in ("z", "p", "s")}
+    slopes = []
+    for rows in (near, {}):
+        leaf = p.clone().requires_grad_()
+        beclr(one).loss(leaf, z, target, rows, None).backward()
+        assert leaf.grad is not None
+        slopes.append(leaf.grad)
+    assert_close(slopes[0], slopes[1] / 4)
+
+
+def test_before_neighbours_count_the_released_run_is_the_plain_one() -> None:
+    one, plain = made({**RELEASED, "memory": "fifo"}), made({"memory": "fifo", "gate": False})
+    for toy_run in (one, plain):
+        train(toy_run, 0, 16)
+    for name, value in beclr(plain).net.state_dict().items():
+        assert torch.equal(value, beclr(one).net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"pairing": "row"}, "add --set strategy.gate=false"),
+        ({**RELEASED, "neighbours": "none"}, "neighbours is 'none'"),
+        ({**NOTHING, "negatives": "enhanced"}, "neighbours is 'none'"),
+    ],
+)
+def test_switches_of_the_released_loss_say_what_they_need(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadConfig, match=said):
+        made(own)
 
 
 # --- what must not change what ------------------------------------------------------------------------------------------
@@ -339,7 +417,7 @@ def test_the_objectives_are_what_they_are_called() -> None:
     partner = torch.tensor([3, 4, 5, 0, 1, 2])
     expected = torch.nn.functional.cross_entropy(logits, partner)
     found = {
-        name: beclr(made({**NOTHING, "objective": name})).loss(p, z, target, None, None)[0]
+        name: beclr(made({**NOTHING, "objective": name})).loss(p, z, target, {}, None)[0]
         for name in ("simclr", "simsiam", "beclr")
     }
     assert_close(found["simclr"], expected)

@@ -29,13 +29,23 @@ balanced = per_run(clusters.balanced_assignment)
 refill = per_run(clusters.refill)
 
 
+def label_of(space: str) -> str:
+    """The field that holds the clusters of an embedding."""
+    return "cluster" + _suffix(space)
+
+
+def _suffix(space: str) -> str:
+    return "" if space == "z" else f"_{space}"
+
+
 class Clustered(Rows):
     """A ring of the newest samples, and a reservoir of everything that has left it; either may have no room.
 
     Beside the given fields a row has its embedding `z` (of length 1), its `cluster` (-1: none yet) and when it was `born`
     (its number in the stream). Rows 0..recent-1 are the ring. All rows are assigned anew whenever `regroup` is called, so
     that each prototype has an equal share of the memory (`memory_ot`) or by the nearest prototype (`nearest`); `batch_ot`
-    keeps the labels that rows came with.
+    keeps the labels that rows came with. Further `spaces` hold other embeddings of the same rows, grouped on their own:
+    `p` has its clusters in `cluster_p` and its prototypes in `prototypes_p`.
 
     Shapes: prototypes [R, P, D].
     """
@@ -54,17 +64,27 @@ class Clustered(Rows):
         assign: Assign = "memory_ot",
         eps: float = 0.05,
         gamma: float = 0.9,
+        spaces: tuple[str, ...] = (),
     ) -> None:
-        own = {"z": Field((width,), torch.float32), "cluster": Field((), torch.int64), "born": Field((), torch.int64)}
-        super().__init__(recent + long, {**fields, **own}, rng)
+        self.spaces = ("z", *spaces)
+        vector, number = Field((width,), torch.float32), Field((), torch.int64)
+        own = {name: field for space in self.spaces for name, field in ((space, vector), (label_of(space), number))}
+        super().__init__(recent + long, {**fields, **own, "born": number}, rng)
         self.recent, self.long, self.groups = recent, long, groups
         self.assign, self.eps, self.gamma = assign, eps, gamma
-        self.register_buffer("prototypes", torch.zeros(rng.runs, groups, width, device=rng.key.device))
+        for space in self.spaces:
+            centres = torch.zeros(rng.runs, groups, width, device=rng.key.device)
+            self.register_buffer("prototypes" + _suffix(space), centres)
 
     @property
     def nbytes(self) -> int:
         """What the rows and prototypes of one run cost."""
-        return super().nbytes + self.prototypes[0].nbytes
+        return super().nbytes + sum(self.centres(space)[0].nbytes for space in self.spaces)
+
+    def centres(self, space: str) -> Tensor:
+        """The prototypes of one space.    Shapes: -> [R, P, D]."""
+        found: Tensor = getattr(self, "prototypes" + _suffix(space))
+        return found
 
     def valid(self) -> Tensor:
         """Which rows are filled, told on the device.    Shapes: -> [R, M] bool."""
@@ -111,34 +131,36 @@ class Clustered(Rows):
 
     def start(self) -> None:
         """Find the first prototypes: as many different rows, moved by k-means."""
-        rows, valid = self.row("z")[:, : self.capacity], self.valid()
-        seeds = self.rng.choose(self.prototypes.shape[1], valid)
-        self.prototypes.copy_(first_clusters(rows, valid, rows[self.run, seeds], steps=ROUNDS))
-        self._label(nearest_prototype(rows, self.prototypes))
+        valid = self.valid()
+        seeds = self.rng.choose(self.groups, valid)
+        for space in self.spaces:
+            rows, centres = self.row(space)[:, : self.capacity], self.centres(space)
+            centres.copy_(first_clusters(rows, valid, rows[self.run, seeds], steps=ROUNDS))
+            self._label(space, nearest_prototype(rows, centres))
 
-    def assigned(self, rows: Tensor) -> Tensor:
+    def assigned(self, rows: Tensor, space: str = "z") -> Tensor:
         """Clusters of some rows among which every prototype gets an equal share.    Shapes: rows [R, n, D] -> [R, n]."""
-        return self._balanced(rows, torch.ones_like(rows[..., 0], dtype=torch.bool))
+        return self._balanced(rows, torch.ones_like(rows[..., 0], dtype=torch.bool), self.centres(space))
 
-    def _balanced(self, rows: Tensor, valid: Tensor) -> Tensor:
-        scores = rows @ torch.nn.functional.normalize(self.prototypes, dim=-1).mT
-        return balanced(scores.masked_fill(~valid[..., None], -torch.inf), eps=self.eps, iterations=ITERATIONS).argmax(
-            -1
-        )
+    def _balanced(self, rows: Tensor, valid: Tensor, centres: Tensor) -> Tensor:
+        scores = rows @ torch.nn.functional.normalize(centres, dim=-1).mT
+        scores = scores.masked_fill(~valid[..., None], -torch.inf)
+        return balanced(scores, eps=self.eps, iterations=ITERATIONS).argmax(-1)
 
     def regroup(self) -> None:
         """Assign all rows, unless they keep their labels; move the prototypes; give empty ones a new place."""
-        rows = self.row("z")[:, : self.capacity]
-        if self.assign == "memory_ot":
-            self._label(self._balanced(rows, self.valid()))
-        if self.assign == "nearest":
-            self._label(nearest_prototype(rows, self.prototypes))
-        labels = self.row("cluster")[:, : self.capacity]
-        moved = cluster_means(rows, labels.masked_fill(~self.valid(), -1), self.prototypes, gamma=self.gamma)
-        self.prototypes.copy_(refill(moved, rows, labels.masked_fill(~self.valid(), -1)))
+        for space in self.spaces:
+            rows, centres = self.row(space)[:, : self.capacity], self.centres(space)
+            if self.assign == "memory_ot":
+                self._label(space, self._balanced(rows, self.valid(), centres))
+            if self.assign == "nearest":
+                self._label(space, nearest_prototype(rows, centres))
+            labels = self.row(label_of(space))[:, : self.capacity].masked_fill(~self.valid(), -1)
+            moved = cluster_means(rows, labels, centres, gamma=self.gamma)
+            centres.copy_(refill(moved, rows, labels))
 
-    def _label(self, labels: Tensor) -> None:
-        self.row("cluster")[:, : self.capacity] = labels.masked_fill(~self.valid(), -1)
+    def _label(self, space: str, labels: Tensor) -> None:
+        self.row(label_of(space))[:, : self.capacity] = labels.masked_fill(~self.valid(), -1)
 
     def sizes(self) -> Tensor:
         """Rows in each cluster.    Shapes: -> [R, P] int64."""
