@@ -74,6 +74,11 @@ def flip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
     return apply_flip(x, rng.chance(probability, x.shape[1]))
 
 
+def vflip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
+    """Mirror each image top to bottom with the given probability.    Shapes: [R, B, C, H, W] -> same."""
+    return torch.where(_per_image(rng.chance(probability, x.shape[1])), x.flip(-2), x)
+
+
 def draw_erase(rng: Rng, batch: int, height: int, width: int, pixels: int) -> Tensor:
     """Top left corner of each square, its centre anywhere in the image.    Shapes: -> [R, B, 2], row first."""
     centre = torch.stack([rng.below(height, batch), rng.below(width, batch)], -1)
@@ -312,6 +317,28 @@ def grey(x: Tensor, rng: Rng, probability: float = 0.2) -> Tensor:
     return to_dtype(apply_grey(to_float(x), rng.chance(probability, x.shape[1])), x.dtype)
 
 
+def apply_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Each pixel the mean of its row and column, weighted by a Gaussian of that width; the border keeps its brightness.
+
+    Shapes: x [R, B, C, H, W] float, sigma [R, B], pixels, > 0 -> x.
+    """
+
+    def weights(size: int) -> Tensor:
+        place = torch.arange(size, device=x.device, dtype=x.dtype)
+        away = (place[:, None] - place) / sigma[..., None, None].to(x.dtype)  # [R, B, size, size]
+        return (-0.5 * away * away).softmax(-1)  # pixels outside the image have no say
+
+    down, right = (weights(size)[:, :, None] for size in x.shape[-2:])
+    return down @ x @ right.mT
+
+
+def blur(x: Tensor, rng: Rng, probability: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
+    """Blur each image with the given probability, by a width uniform in `sigma`.    Shapes: [R, B, C, H, W] -> same."""
+    chosen, share = rng.chance(probability, x.shape[1]), rng.uniform(x.shape[1])
+    blurred = apply_blur(to_float(x), sigma[0] + (sigma[1] - sigma[0]) * share)
+    return torch.where(_per_image(chosen), to_dtype(blurred, x.dtype), x)
+
+
 def replay_views(x: Tensor, rng: Rng) -> Tensor:
     """The replay papers' view: resized crop, flip, colour jitter (p 0.8), grey (p 0.2).    Shapes: [R, B, C, H, W] -> same.
 
@@ -337,10 +364,12 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "shift": shift,
     "crop": crop,
     "flip": flip,
+    "vflip": vflip,
     "erase": erase,
     "resized_crop": resized_crop,
     "jitter": jitter,
     "grey": grey,
+    "blur": blur,
     "replay": replay_views,
     "strong": strong,
 }
@@ -352,8 +381,10 @@ NUMBERS = {  # what the number behind a name means
     "crop": "pixels",
     "erase": "pixels",
     "flip": "probability",
+    "vflip": "probability",
     "jitter": "probability",
     "grey": "probability",
+    "blur": "probability",
     "resized_crop": "smallest area",
 }
 
@@ -361,7 +392,7 @@ NUMBERS = {  # what the number behind a name means
 def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Callable[[Batch], Batch]:
     """The augmentations of these names, one after the other, as a function from batch to batch; none: the batch itself.
 
-    A name may carry a number: pixels (`shift:2`, `crop:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `grey:0.1`), or
+    A name may carry a number: pixels (`shift:2`, `crop:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `blur:0.1`), or
     the smallest area as a share of the image (`resized_crop:0.3`). Without one, `shift` and `crop` move by up to an eighth of
     the shorter side: 4 pixels of 32, 1 of 8.
 

@@ -78,6 +78,7 @@ class BECLRConfig:
     k: int = 3  # neighbours per view
     kappa: float = 0.9  # see gate
     onset: float = 0.15  # share of the stream before neighbours count
+    renew: float = 0.0  # share of the stream after which clusters are found anew; the source's: 0.15; 0: never
     hidden: int = 512  # units inside the projection head
     width: int = 128  # of the projections and the memory's embeddings
     lr: float = 0.03  # learning rate of SGD
@@ -101,7 +102,7 @@ class BECLRConfig:
     def __post_init__(self) -> None:
         at_least(self, capacity=1, recent=0, replay=0, clusters=1, k=1, hidden=1, width=2)
         at_least(self, lr=0, weight_decay=0, spread=0, tau=1e-6, contrast=1e-6, eps=1e-6)
-        within(self, 0, 1, "onset", "momentum", "decay", "gamma", "kappa", "mask_low", "mask_high")
+        within(self, 0, 1, "onset", "renew", "momentum", "decay", "gamma", "kappa", "mask_low", "mask_high")
         at_least(self, mask_patch=0)
         if self.mask_low > self.mask_high:
             raise BadConfig(
@@ -158,6 +159,7 @@ class BECLR(Strategy):
         self.memory = self.make_memory(cfg, env) if cfg.memory != "none" else None
         fill = max(10 * cfg.clusters, cfg.parts[0])
         self.fill, self.onset = fill, max(2 * fill, round(cfg.onset * env.samples))  # samples seen
+        self.renew = round(cfg.renew * env.samples)  # samples between clusterings anew
         self.register_buffer("likeness", torch.zeros(env.runs, device=env.device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=env.device))
         self.sgd = SGD(learned, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
@@ -171,7 +173,9 @@ class BECLR(Strategy):
 
     @property
     def steady(self) -> bool:
-        """True once neighbours count and every step replays the same number; never with a schedule, which the host computes."""
+        """True once neighbours count and every step replays the same number; never with what the host decides on its way."""
+        if self.renew:
+            return False
         if self.cfg.schedule == "cosine" or self.memory is None:
             return bool(self.cfg.schedule == "constant")
         return self.memory.offered >= self.onset and self.memory.can_replay(self.cfg.replay)
@@ -275,7 +279,7 @@ class BECLR(Strategy):
         memory = self.memory
         if memory is None:
             return {}
-        size, clustered = new["x"].shape[1], memory.offered >= self.fill
+        size, before, clustered = new["x"].shape[1], memory.offered, memory.offered >= self.fill
         fresh: Batch = {}
         for space in memory.spaces:
             one, two = found[space].chunk(2, 1)
@@ -285,7 +289,8 @@ class BECLR(Strategy):
             fresh |= {space: z, label_of(space): own}
         memory.write(old["slot"], {name: rows[:, size:] for name, rows in fresh.items()})
         memory.add({**new, **{name: rows[:, :size] for name, rows in fresh.items()}})
-        if clustered:
+        anew = self.renew > 0 and before // self.renew < memory.offered // self.renew
+        if clustered and not anew:
             memory.regroup()
         elif memory.offered >= self.fill:
             memory.start()

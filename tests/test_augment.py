@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.testing import assert_close
 
 from cl_sim import augment
 from cl_sim.errors import BadConfig, UnknownName
@@ -47,6 +48,42 @@ def test_flip_mirrors_the_drawn_images_and_half_of_all() -> None:
     assert abs(float(mirrored.double().mean()) - 0.5) < 4.5 * math.sqrt(0.25 / 4000)  # false alarm: 7 in a million
 
 
+def test_vflip_turns_the_drawn_images_upside_down() -> None:
+    x, rng = pictures(2, 9), Rng([0, 1], "t")
+    turned, drawn = augment.vflip(x, rng, 0.3), Rng([0, 1], "t").chance(0.3, 9)
+    assert 0 < int(drawn.sum()) < 18
+    assert torch.equal(turned, one_by_one(lambda image, r, b: image.flip(1) if drawn[r, b] else image, x))
+
+
+def test_blur_is_a_weighted_mean_of_the_pixels_around() -> None:
+    x = pictures(1, 3).double() / 255
+    sigma = torch.tensor([[0.4, 1.0, 2.0]], dtype=torch.float64)
+    found = augment.apply_blur(x, sigma)
+    for item in range(3):
+        for row, column in ((0, 0), (2, 4), (5, 1)):
+            weights = {
+                (i, j): math.exp(-((i - row) ** 2 + (j - column) ** 2) / (2 * float(sigma[0, item]) ** 2))
+                for i in range(6)
+                for j in range(5)
+            }
+            mean = sum(w * float(x[0, item, 1, i, j]) for (i, j), w in weights.items()) / sum(weights.values())
+            assert float(found[0, item, 1, row, column]) == pytest.approx(mean, abs=1e-9)
+    flat = torch.full((1, 2, 3, 6, 5), 0.7)
+    assert_close(augment.apply_blur(flat, torch.tensor([[0.1, 2.0]])), flat)
+    bytes_, drawn = pictures(2, 40), Rng([0, 1], "t").chance(0.5, 40)
+    changed = (augment.blur(bytes_, Rng([0, 1], "t"), sigma=(1.0, 2.0)) != bytes_).flatten(2).any(-1)
+    assert torch.equal(changed, drawn)
+
+
+def test_blur_equals_torchvisions_away_from_the_border() -> None:
+    from torchvision.transforms import functional
+
+    x = torch.rand(1, 2, 3, 33, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = torch.tensor([[0.5, 1.5]], dtype=torch.float64)
+    theirs = one_by_one(lambda image, r, b: functional.gaussian_blur(image, [25, 25], [float(sigma[r, b])]), x)
+    assert_close(augment.apply_blur(x, sigma)[..., 12:-12, 12:-12], theirs[..., 12:-12, 12:-12], rtol=0, atol=1e-9)
+
+
 def test_erase_blackens_one_square_and_nothing_else() -> None:
     x = pictures(2, 9)
     erased, rng = augment.erase(x, Rng([0, 1], "t"), 4), Rng([0, 1], "t")
@@ -61,7 +98,15 @@ def test_erase_blackens_one_square_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("shift", "flip"), ("erase:3", "flip:0.2"), ("resized_crop", "jitter", "grey"), ("replay",), ()]
+    "names",
+    [
+        ("shift", "flip"),
+        ("erase:3", "flip:0.2"),
+        ("resized_crop", "jitter", "grey"),
+        ("vflip", "blur"),
+        ("replay",),
+        (),
+    ],
 )
 def test_a_run_sees_the_same_views_alone_and_stacked_without_host_reads(names: tuple[str, ...]) -> None:
     x = pictures(3, 8)

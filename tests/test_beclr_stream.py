@@ -396,6 +396,27 @@ def test_phases_come_by_samples_seen() -> None:
     assert max(kept[8:]) > 0
 
 
+def test_clusters_are_found_anew_when_a_share_of_the_stream_has_passed() -> None:
+    one, plain = made({"renew": 0.25}), made()
+    assert (one.stream.samples, beclr(one).renew) == (400, 100)
+    for toy_run in (one, plain):
+        train(toy_run, 0, 9)
+    assert torch.equal(memory_of(one).prototypes, memory_of(plain).prototypes)
+    for toy_run in (one, plain):
+        train(toy_run, 9, 10)
+    memory = memory_of(one)
+    assert not torch.equal(memory.prototypes, memory_of(plain).prototypes)
+    now = memory.row("z")[0, :80]
+    labels = [references.nearest(row, memory.prototypes[0].tolist()) for row in now.tolist()]
+    for group in set(labels):  # k-means has come to rest: the prototypes are the means of their rows
+        members = now[torch.tensor([label == group for label in labels])]
+        assert_close(memory.prototypes[0, group], members.mean(0), atol=1e-4, rtol=0)
+    train(plain, 10, 16)
+    assert plain.strategy.steady
+    train(one, 10, 16)
+    assert not one.strategy.steady
+
+
 @pytest.mark.parametrize("own", [{"objective": "simclr"}, {"objective": "simsiam"}, {"teacher": False}, {}])
 def test_controls_without_memory_take_the_same_path(own: dict[str, Any]) -> None:
     one = made({**NOTHING, **own})
