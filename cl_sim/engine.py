@@ -236,11 +236,13 @@ def known_rows(stream: Stream, rows: Batch) -> Batch:
 
 
 def cluster_health(rows: Batch, groups: int, classes: int) -> dict[str, NDArray[Any]]:
-    """Sizes of a memory's clusters and how they agree with the classes.    Shapes: sizes [R, P], the others [R]."""
+    """Sizes of a memory's clusters, how they agree with the classes, how tight they are.    Shapes: sizes [R, P], others [R]."""
     labels = rows["y"].masked_fill(~rows["valid"], -1)
     counts = [clustering.table(c, y, groups, classes) for c, y in zip(rows["cluster"], labels, strict=True)]
     sizes = torch.stack([(rows["cluster"] == group).logical_and(rows["valid"]).sum(1) for group in range(groups)], 1)
+    kept = rows["cluster"].masked_fill(~rows["valid"], -1)
     each = {
+        "davies_bouldin": [clustering.davies_bouldin(z, c, groups) for z, c in zip(rows["z"], kept, strict=True)],
         "cluster_purity": [clustering.purity(one) for one in counts],
         "cluster_nmi": [clustering.mutual_information(one) for one in counts],
         "memory_entropy": [clustering.entropy(one.sum(0)) / math.log(max(classes, 2)) for one in counts],

@@ -73,7 +73,7 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
     return strategy
 
 
-CLUSTERS = ("cluster_purity", "cluster_nmi", "memory_entropy")  # of a clustered memory, at the end
+CLUSTERS = ("cluster_purity", "cluster_nmi", "memory_entropy", "davies_bouldin")  # of a clustered memory, at the end
 
 
 class StopSignal:

@@ -224,6 +224,8 @@ def test_no_label_reaches_the_state() -> None:
 
 
 def test_the_health_of_clusters_is_measured_with_labels_that_only_the_stream_knows() -> None:
+    from sklearn.metrics import davies_bouldin_score
+
     one = made((0, 1))
     train(one, 0, 20)
     memory: Any = one.strategy.memory
@@ -234,6 +236,17 @@ def test_the_health_of_clusters_is_measured_with_labels_that_only_the_stream_kno
     clusters, labels = (rows[name][1].tolist() for name in ("cluster", "y"))
     assert health["cluster_purity"][1] == pytest.approx(references.purity(clusters, labels))
     assert health["memory_entropy"][1] == pytest.approx(references.entropy(labels) / np.log(4))
+    expected = davies_bouldin_score(rows["z"][1].double().numpy(), clusters)
+    assert health["davies_bouldin"][1] == pytest.approx(expected, abs=1e-9)
+
+
+def test_davies_bouldin_leaves_out_what_has_no_cluster() -> None:
+    rows = torch.tensor([[0.0, 1.0], [0.0, -1.0], [4.0, 0.0], [6.0, 0.0], [5.0, 9.0], [7.0, 7.0]])
+    clusters = torch.tensor([0, 0, 2, 2, 4, -1])  # means (0, 0), (5, 0), (5, 9), widths 1, 1, 0
+    expected = (2 / 5 + 2 / 5 + 1 / 9) / 3
+    assert float(clustering.davies_bouldin(rows, clusters, 5)) == pytest.approx(expected)
+    assert float(clustering.davies_bouldin(rows, torch.zeros(6, dtype=torch.int64), 5)) == 0
+    assert float(clustering.davies_bouldin(rows, torch.full((6,), -1), 5)) == 0
 
 
 def test_every_measure_has_words_for_its_pictures() -> None:

@@ -1,6 +1,6 @@
-"""How well clusters agree with classes, from the table that counts rows by cluster and class.
+"""How well clusters agree with classes, from the table that counts rows by cluster and class, and how tight they are.
 
-Of one run: P clusters, C classes.
+Of one run: P clusters, C classes, M rows.
 """
 
 from __future__ import annotations
@@ -37,3 +37,24 @@ def mutual_information(counts: Tensor) -> Tensor:
     ends = entropy(counts.sum(0)) + entropy(counts.sum(1))
     shared = (ends - entropy(counts.flatten())).clamp(min=0)
     return 2 * shared / ends.clamp(min=torch.finfo(counts.dtype).tiny)
+
+
+def davies_bouldin(rows: Tensor, clusters: Tensor, groups: int) -> Tensor:
+    """Mean over the clusters of the worst ratio of two clusters' widths to the distance of their means; less is tighter.
+
+    A width is the mean distance of the rows from their mean. Clusters without rows are left out, as are numbers outside
+    0..P-1; 0 with fewer than two clusters.
+
+    Shapes: rows [M, D], clusters [M] -> [] float64.    Source: Davies and Bouldin 1979, "A Cluster Separation Measure".
+    """
+    rows, number = rows.double(), torch.arange(groups, device=rows.device)
+    member = (clusters[:, None] == number).double()  # [M, P]
+    count = member.sum(0)
+    means = member.T @ rows / count.clamp(min=1)[:, None]
+    width = (member * torch.cdist(rows, means)).sum(0) / count.clamp(min=1)
+    apart = torch.cdist(means, means)
+    used = count > 0
+    pairs = used[:, None] & used & (number[:, None] != number) & (apart > 0)
+    worst = ((width[:, None] + width) / apart.masked_fill(~pairs, 1)).masked_fill(~pairs, 0).amax(1)
+    mean: Tensor = worst.sum() / used.sum().clamp(min=1)
+    return mean
