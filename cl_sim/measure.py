@@ -89,7 +89,7 @@ def association(cfg: TrackerConfig, dim: int = 0, candidates: Candidates | None 
 MEASURES = {
     "associate": association(TrackerConfig()),
     "classify": Measure("acc", "accuracy", Accuracy, accuracy_sums),
-    "embed": Measure("linear", "linear", Probe, None, finals=("knn", "ncm")),
+    "embed": Measure("linear", "linear", Probe, None, finals=("knn", "ncm", *NAMES)),
     "fewshot": Measure("shot5", "shot5", Episodic, None, finals=tuple(name for name in NAMES if name != "shot5")),
     "rank": Measure(
         "hr10",

@@ -21,6 +21,7 @@ from torch import Tensor
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
 from cl_sim.indexed import host_rng
+from cl_sim.metrics.fewshot import SHOTS, Task, draw
 from cl_sim.stream import Holdout
 from cl_sim.types import Batch
 from cl_sim.wrapped import Wrapped, by_name, column
@@ -37,9 +38,10 @@ class UnlabelledConfig:
     supports: int = 20  # labelled samples of every class, of the evaluation set
     queries: int = 0  # at most so many others of every class are asked; 0: all
     few: int = 5  # of these, in the small evaluations
+    episodes: int = 0  # 5-way episodes, with and without transport, in the large evaluations; usual: 200
 
     def __post_init__(self) -> None:
-        at_least(self, supports=1, queries=0, few=1)
+        at_least(self, supports=1, queries=0, few=1, episodes=0)
 
 
 class Unlabelled(Wrapped):
@@ -107,6 +109,9 @@ class Probes:
         last = cfg.supports + (cfg.queries or len(y))
         self.role = {True: rank < last, False: rank < min(cfg.supports + cfg.few, last)}
         self.support = rank < cfg.supports
+        self.episodes = cfg.episodes
+        if cfg.episodes:
+            draw(y[self.role[True]], Task(shots=max(SHOTS)), 1, 0)  # are there enough classes and samples?
         self.sizes = f"{self.support.sum()}, {self.role[True].sum() - self.support.sum()}"
 
     def chunks(self, step: int, full: bool) -> Iterator[Batch]:
@@ -119,7 +124,8 @@ class Probes:
             device = chunk["y"].device
             picked = {name: value[:, torch.as_tensor(place, device=device)] for name, value in chunk.items()}
             support = torch.as_tensor(self.support[start:end][place], device=device)
-            yield {**picked, "support": support.expand_as(picked["y"])}
+            asked = {"episodes": torch.full_like(picked["y"], self.episodes)} if full and self.episodes else {}
+            yield {**picked, **asked, "support": support.expand_as(picked["y"])}
 
 
 def ranks(y: Ints, split: Ints) -> Ints:

@@ -17,7 +17,7 @@ from cl_sim import engine, measure, session
 from cl_sim.config import from_dict, merge
 from cl_sim.engine import Plan
 from cl_sim.errors import BadConfig
-from cl_sim.metrics import clustering, probe
+from cl_sim.metrics import clustering, fewshot, probe
 from cl_sim.stream import Stream
 from cl_sim.testing import Toy, toy, train
 from cl_sim.tracking import plots
@@ -98,6 +98,7 @@ def test_ranks_count_every_class_of_every_split_from_zero(y: list[int], seed: in
     [
         ({"of": "few_labels-split-digits", "settings": ()}, "classification stream with labels"),
         ({"supports": 20}, "only 20 samples"),
+        ({"episodes": 10}, "5 classes of 20 samples are needed, but only 4"),
         ({"of": "sequences-made-up", "settings": ("batch=16", "segments=2")}, "classification stream"),
     ],
 )
@@ -221,6 +222,26 @@ def test_no_label_reaches_the_state() -> None:
         if isinstance(value, Tensor):
             assert torch.equal(value, state[key]), key
     assert not any("row_y" in key for key in state)
+
+
+def test_episodes_of_all_classes_are_asked_in_large_evaluations_alone() -> None:
+    six = ["classes=6", "tasks=3", "order=fixed", "noise=0.1"]
+    stream = {"name": "unlabelled", "of": "synthetic", "settings": six, "supports": 5, "episodes": 30}
+    one = toy("beclr", (0, 1), {"strategy": {"capacity": 80, "clusters": 8}, "stream": stream})
+    holdout = one.stream.holdout()
+    assert holdout is not None
+    assert set(engine.evaluate_all(one.strategy, holdout, 5, full=False)) == {"linear", "knn", "ncm"}
+    found = engine.evaluate_all(one.strategy, holdout, 5, full=True)
+    assert set(found) == {"linear", "knn", "ncm", *fewshot.NAMES}
+    chunks = list(holdout.chunks(5, full=True))
+    one.strategy.eval()
+    with torch.inference_mode():
+        rows = torch.cat([one.strategy.predict(chunk)[1] for chunk in chunks]).double()
+    y = torch.cat([chunk["y"][1] for chunk in chunks]).numpy()
+    episodes = fewshot.draw(y, fewshot.Task(shots=5), 30, 42)
+    expected = fewshot.episode_accuracy(rows, episodes, "nearest_mean", transport=True).mean()
+    assert found["shot5_opta"][1].tolist() == pytest.approx([float(expected)] * 3)
+    assert 0.2 < float(expected) <= 1
 
 
 def test_the_health_of_clusters_is_measured_with_labels_that_only_the_stream_knows() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_sim.metrics.fewshot import square_distances, standardise
+from cl_sim.metrics.fewshot import NAMES, SHOTS, Task, draw, episode_means, square_distances, standardise
 from cl_sim.types import Batch
 
 CHUNK = 1000  # queries compared at a time: with 2,000 supports 8 MB of similarities
@@ -70,27 +70,34 @@ READOUTS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 class Probe:
     """Accuracy of each read-out on the queries of each split, all classes of the supports competing at every evaluation.
 
-    Chunks say by `support` [R, B] which of their samples are labelled; those are the same samples for every run.
+    Chunks say by `support` [R, B] which of their samples are labelled; those are the same samples for every run. With
+    `episodes` they also ask for so many few-shot episodes of the classes of all splits (`metrics.fewshot.NAMES`).
     """
 
-    def __init__(self, runs: int, splits: int, device: torch.device | str = "cpu") -> None:
-        self.runs, self.splits, self.device = runs, splits, device
+    def __init__(self, runs: int, splits: int, device: torch.device | str = "cpu", seed: int = 42) -> None:
+        self.runs, self.splits, self.device, self.seed = runs, splits, device, seed
         self.chunks: list[tuple[Tensor, Batch]] = []
 
     def update(self, output: Tensor, batch: Batch) -> None:
-        """Add a chunk.    Shapes: output [R, B, D]; batch: y, split and support [R, B]."""
-        self.chunks.append((output, {name: batch[name] for name in ("y", "split", "support")}))
+        """Add a chunk.    Shapes: output [R, B, D]; batch: y, split and support [R, B], perhaps episodes."""
+        kept: Batch = {name: batch[name] for name in ("y", "split", "support", "episodes") if name in batch}
+        self.chunks.append((output, kept))
 
     def result(self) -> dict[str, Tensor]:
-        """Each accuracy [R, S], NaN for a split without queries; then starts afresh."""
+        """Each accuracy [R, S], NaN for a split without queries; that of episodes for all splits alike; then starts afresh."""
         nothing = torch.full((self.runs, self.splits), torch.nan, dtype=torch.float64, device=self.device)
-        found = {name: nothing.clone() for name in READOUTS}
+        count = int(self.chunks[0][1]["episodes"][0, 0]) if self.chunks and "episodes" in self.chunks[0][1] else 0
+        found = {name: nothing.clone() for name in (*READOUTS, *NAMES * (count > 0))}
         for run in range(self.runs if self.chunks else 0):
             rows = standardise(torch.cat([output[run] for output, _ in self.chunks]).double())
             y, split, known = (torch.cat([b[name][run] for _, b in self.chunks]) for name in ("y", "split", "support"))
             for name, hits in accuracies(rows, y, known).items():
                 each = [hits[split[~known] == s].double().mean() for s in range(self.splits)]
                 found[name][run] = torch.stack(each)
+            if count:
+                episodes = draw(y.cpu().numpy(), Task(shots=max(SHOTS)), count, self.seed)
+                for name, value in episode_means(rows, episodes).items():
+                    found[name][run] = value
         self.chunks = []
         return found
 
