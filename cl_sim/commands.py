@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from cl_sim.stream import Clips, Stream
 
 EXIT = {"finished": 0, "interrupted": 130, "failed": 1, "started": 1, "new": 1}
 SPARE = 1 / 3  # share of the free memory that is left for what a step makes
+STACKED = 1024  # numbers in a sample, up to which seeds of a perceptron are trained side by side on a CPU
 MANY_CORES = 64  # processes started by default, at most
 
 
@@ -129,15 +131,17 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     if options["encoder_frozen"]:
         encoder["frozen"] = True
     views = registry.load("strategy", settings["strategy"]["name"]).views if "strategy" in settings else ()
-    if not encoder.get("name") or (views and "augment" not in settings):
+    small = False
+    if encoder.get("name", "mlp") == "mlp" or (views and "augment" not in settings):
         probe = config.from_dict({**settings, "encoder": {"name": "mlp"}, "stack": 1})
         samples = session.build_stream(probe, probe.seeds[:1]).fields
         encoder["name"] = encoder.get("name") or encoders.usual(samples)
         image = "x" in samples and len(samples["x"].shape) == 3
         settings.setdefault("augment", list(views) if image else [])
+        numbers = sum(math.prod(field.shape) for field in samples.values())
+        small = encoder["name"] == "mlp" and numbers <= STACKED
     settings["encoder"] = encoder
     count = len(settings.get("seeds", (0,)))
-    small = encoder["name"] == "mlp"
     default_stack = count if small or settings["device"].startswith("cuda") else 1
     settings["stack"] = options["stack"] or settings.get("stack") or default_stack
     return config.from_dict(settings)

@@ -89,6 +89,21 @@ def test_a_run_of_two_strategies_leaves_results_that_compare(here: Path) -> None
     assert page.read_text().startswith("mine\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "stack"),
+    [
+        (["finetune", "split-digits"], 3),
+        (["finetune", "synthetic", "--set", "encoder.name=mlp"], 3),
+        (["finetune", "synthetic", "--set", "encoder.name=mlp", "--set", "stream.size=32"], 1),
+        (["finetune", "synthetic", "--set", "encoder.name=reduced_resnet18"], 1),
+        (["finetune", "synthetic", "--set", "encoder.name=reduced_resnet18", "--stack", "2"], 2),
+    ],
+)
+def test_by_default_seeds_are_stacked_where_that_is_faster(here: Path, words: list[str], stack: int) -> None:
+    result = cl_sim("run", *words, "--seeds", "0-2", "--device", "cpu", *QUIET, "--dry-run")
+    assert f'"stack": {stack},' in result.output
+
+
 @pytest.mark.parametrize(("runs", "stack"), [(1000, 3), (2.2, 2), (1.2, 1), (0.5, None)])
 def test_seeds_are_stacked_as_far_as_memory_goes(
     here: Path, monkeypatch: pytest.MonkeyPatch, runs: float, stack: int | None
