@@ -20,7 +20,11 @@ from cl_sim.config import RunConfig
 from cl_sim.errors import ClSimError
 from cl_sim.report import Estimate, Result, interval, shown
 
-METRICS = ("acc_end", "acc_aaa", "forgetting_chaudhry")
+METRICS = (
+    *("acc_end", "acc_aaa", "forgetting_chaudhry"),  # of classes
+    *("hr10_prequential", "ndcg10_prequential"),  # of items; of clips; of embeddings; of episodes
+    *("assa_end", "idf1_end", "linear_end", "linear_aaa", "knn_end", "shot1_end", "shot5_end"),
+)
 WITHOUT_EFFECT = ("seeds", "data", "flush_every", "save_every")  # which runs, where files lie, when they are written
 
 Word = Literal["identical", "agrees", "differs", "cannot tell"]
@@ -79,15 +83,24 @@ def table(found: Mapping[str, Verdict]) -> list[list[str]]:
     return rows
 
 
-def filed(folder: Path, key: tuple[str, str]) -> Path:
-    """Where `cl-sim report` files a result; `key` is its stream and its entry."""
+def filed(folder: Path, name: str, key: tuple[str, str]) -> Path:
+    """Where `cl-sim report` has filed a preset's result: by its stream and entry, or under whatever name it was given."""
     stream, entry = key
-    return folder / stream / f"{entry}.json"
+    usual = folder / stream / f"{entry}.json"
+    if usual.is_file():
+        return usual
+    return next((path for path in sorted(folder.glob("*/*.json")) if _made_by(path, name)), usual)
+
+
+def _made_by(path: Path, name: str) -> bool:
+    """Does the command of this result run the preset as it is?"""
+    words = str(json.loads(path.read_text(encoding="utf-8")).get("command", "")).split()
+    return "--set" not in words and ["--preset", name] in [words[i : i + 2] for i in range(len(words))]
 
 
 def stored_result(name: str, folder: Path, keys: Mapping[str, tuple[str, str]]) -> Result:
     """The result filed for a preset; `keys` says for every preset where that is.    Raises: ClSimError if there is none."""
-    path = filed(folder, keys[name])
+    path = filed(folder, name, keys[name])
     if not path.is_file():
         raise ClSimError(
             f"preset '{name}' has no stored result ({path} is missing); {_those_with_one(folder, keys)}. Make one with: "
@@ -100,7 +113,7 @@ def stored_result(name: str, folder: Path, keys: Mapping[str, tuple[str, str]]) 
 
 
 def _those_with_one(folder: Path, keys: Mapping[str, tuple[str, str]]) -> str:
-    there = [name for name, key in keys.items() if filed(folder, key).is_file()]
+    there = [name for name, key in keys.items() if filed(folder, name, key).is_file()]
     return f"these presets have one: {', '.join(there)}" if there else f"no preset has one in {folder}"
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from cl_sim import config, preset, reproduce
 from cl_sim.cli import main
+from cl_sim.errors import ClSimError
 from cl_sim.reproduce import judge
 
 SAME = {0: 0.5, 1: 0.6, 2: 0.7}  # mean 0.6, s = 0.1, half-width 4.302653 * 0.1 / sqrt(3) = 0.2484138
@@ -121,6 +122,24 @@ def test_a_setting_that_came_later_counts_as_its_default() -> None:
     del stored["config"]["strategy"]["capacity"], stored["config"]["threads"], stored["config"]["augment"]
     assert reproduce.changed(stored, made(), {}) == []
     assert reproduce.changed(stored, made(capacity=3), {}) == ["strategy.capacity 1000 (now 3)"]
+
+
+def test_a_result_is_found_under_its_usual_name_or_by_the_command_that_made_it(tmp_path: Path) -> None:
+    keys = {"er-tiny": ("tiny", "er"), "mir-tiny": ("tiny", "mir")}
+    commands = {
+        "mine": "cl-sim run --preset mir-tiny --seeds 0-2",
+        "other": "cl-sim run --preset mir-tiny-m5 --seeds 0",
+    }
+    commands["changed"] = "cl-sim run --preset mir-tiny --set strategy.lr=1"
+    (tmp_path / "tiny").mkdir()
+    for name, command in commands.items():
+        (tmp_path / "tiny" / f"{name}.json").write_text(json.dumps(result(command=command)))
+    assert reproduce.filed(tmp_path, "mir-tiny", keys["mir-tiny"]).stem == "mine"
+    assert reproduce.stored_result("mir-tiny", tmp_path, keys)["command"] == commands["mine"]
+    with pytest.raises(ClSimError, match=r"er.json is missing\); these presets have one: mir-tiny"):
+        reproduce.stored_result("er-tiny", tmp_path, keys)
+    (tmp_path / "tiny" / "mir.json").write_text(json.dumps(result(command="cl-sim run mir synthetic")))
+    assert reproduce.filed(tmp_path, "mir-tiny", keys["mir-tiny"]).stem == "mir"
 
 
 TINY = """\
