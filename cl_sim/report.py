@@ -197,7 +197,9 @@ def heading(metric: str) -> str:
 
 
 def capacity(result: Result) -> int:
-    """The size of the run's memory in samples; 0 for a strategy that has none."""
+    """The size of the run's memory in samples; 0 for a strategy that has none, or was told to have none."""
+    if result.get("metrics", {}).get("memory_bytes") and not any(result["metrics"]["memory_bytes"]):
+        return 0
     return int(result["config"].get("strategy", {}).get("capacity", 0))
 
 

@@ -233,6 +233,13 @@ def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(tmp_path: P
         report.put_between("a\n<!-- on -->\n", "<!-- on -->", "<!-- off -->", brief)
 
 
+def test_a_strategy_that_was_told_to_remember_nothing_has_no_memory() -> None:
+    sized = {**ER, "config": {"strategy": {"capacity": 5}}}
+    assert (report.capacity(sized), report.entry(sized)) == (5, "er-m5")
+    without = {**sized, "metrics": {**ER["metrics"], "memory_bytes": [0, 0, 0]}}
+    assert (report.capacity(without), report.entry(without)) == (0, "er")
+
+
 def test_twins_are_told_apart_by_the_settings_in_which_they_differ() -> None:
     twins = [{**ER, "config": {"strategy": {"lr": lr, "replay": 10}}} for lr in (0.1, 0.2)]
     assert [report.label(twin, twins) for twin in twins] == ["er lr=0.1", "er lr=0.2"]
