@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,10 @@ from typing import Any
 import numpy as np
 
 from cl_sim.errors import ClSimError
+
+HEADING = frozenset(
+    {"kind", "samples", "time", "task_end", "seen", "accuracy", "measure"}
+)  # of an evaluation; the rest: metrics
 
 
 class Journal:
@@ -103,6 +107,12 @@ def read(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
             ) from None
         byte += len(raw) + 1
     return lines, byte
+
+
+def tables(line: Mapping[str, Any]) -> dict[str, list[list[float | None]]]:
+    """Every metric of an evaluation line, by name.    Shapes: each [R][S]."""
+    others = {key: value for key, value in line.items() if key not in HEADING}
+    return {line.get("measure", "acc"): line["accuracy"], **others}
 
 
 def known_mean(row: Sequence[float | None]) -> float:

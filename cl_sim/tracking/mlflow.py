@@ -39,9 +39,6 @@ METRICS_PER_CALL, PARAMS_PER_CALL, LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 
     36,
 )  # MLflow's limits
 PARENT = "mlflow.parentRunId"
-HEADING = frozenset(
-    {"kind", "samples", "time", "task_end", "seen", "accuracy", "measure"}
-)  # of an evaluation; the rest: metrics
 QUICK = {  # unless the user has set them
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -281,9 +278,7 @@ def values_of(line: Line) -> dict[str, list[float | None]]:
         values: dict[str, list[float | None]] = line["values"]
         return values
     if line["kind"] == "evaluation":
-        others = {key: value for key, value in line.items() if key not in HEADING}
-        means = {line.get("measure", "acc"): _seen_means(line["accuracy"], line["seen"])}
-        means |= {key: _seen_means(table, line["seen"]) for key, table in others.items()}
+        means = {key: _seen_means(table, line["seen"]) for key, table in journal.tables(line).items()}
         return {f"{key}_seen": row for key, row in means.items() if any(mean is not None for mean in row)}
     return {}
 
