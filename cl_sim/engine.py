@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl_sim import checkpoint, measure
+from cl_sim import checkpoint, measure, selection
 from cl_sim.clock import Clock
 from cl_sim.errors import Diverged
 from cl_sim.measure import TESTED
@@ -38,6 +38,7 @@ class Plan:
     test_every: int  # steps between test-then-train measurements; 0: never
     flush_every: int
     save_every: int
+    pass_ends: frozenset[int] = frozenset()  # where a run may end early: after these steps the logs are read too
 
     @classmethod
     def of(cls, stream: Stream, *, per_task: int, prequential: int, flush_every: int, save_every: int) -> Plan:
@@ -51,6 +52,7 @@ class Plan:
         for start, end in zip([-1, *ends[:-1]], ends, strict=True):
             small.update(start + round((end - start) * k / per_task) for k in range(1, per_task))
         holdout = stream.holdout() is not None
+        rule = selection.of(stream)
         return cls(
             steps=len(stream),
             small=frozenset(small - {-1}) if holdout else frozenset(),
@@ -58,6 +60,7 @@ class Plan:
             test_every=_test_every(stream, prequential),
             flush_every=flush_every,
             save_every=save_every,
+            pass_ends=frozenset(ends) if rule is not None and rule.patience else frozenset(),
         )
 
     def tests(self, step: int) -> bool:
@@ -70,7 +73,7 @@ class Plan:
 
     def flushes(self, step: int) -> bool:
         """Are the logs read after this step?"""
-        return (step + 1) % self.flush_every == 0 or step + 1 == self.steps
+        return (step + 1) % self.flush_every == 0 or step + 1 == self.steps or step in self.pass_ends
 
     def saves(self, step: int) -> bool:
         """Is a checkpoint written after this step?"""
@@ -85,12 +88,22 @@ class Progress:
     sums: dict[str, list[float]] = field(default_factory=dict)  # test-then-train sums by name, per run
     late: dict[str, list[float]] = field(default_factory=dict)  # the same over the second half of the stream
     lost: dict[int, str] = field(default_factory=dict)  # runs that diverged -> what their logs said first
+    watched: list[list[float]] = field(default_factory=list)  # what decides on stopping, after each pass, per run
+    stopped: dict[int, int] = field(default_factory=dict)  # runs that stopped early -> after which step
     train_seconds: float = 0.0  # time of stream, observe and logs, without evaluation
     timed_steps: int = 0
 
     def means(self, late: bool = False) -> dict[str, Floats]:
         """Test-then-train means by name, NaN where nothing was measured.    Shapes: -> each [R]."""
         return means(self.late if late else self.sums)
+
+    def idle(self, step: int) -> list[int]:
+        """Runs that had stopped before this step; they train on beside the others, but nothing of it counts."""
+        return [run for run, last in self.stopped.items() if last < step]
+
+    def over(self, runs: int) -> bool:
+        """Has every run stopped, or been lost on the way?"""
+        return len(self.stopped) > 0 and len(self.stopped.keys() | self.lost.keys()) == runs
 
 
 @dataclass(frozen=True)
@@ -114,11 +127,12 @@ def run(
     """Replay the stream from the newest usable checkpoint, or from the start.
 
     `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
-    A run whose logs are not finite is lost: its numbers are NaN from then on, the runs beside it go on.
+    A run whose logs are not finite is lost: its numbers are NaN from then on, the runs beside it go on. Where the stream
+    lets runs stop early, each ends with the weights of its best pass.
 
     Raises: Diverged when every run is lost; BadCheckpoint when there are checkpoints and none can be used.
     """
-    meter, progress = Meter(), Progress()
+    meter, progress, best = Meter(), Progress(), selection.Weights(strategy)
     state, refused = checkpoint.latest(place.folder, strategy.env.device, place.owner)
     for reason in refused:
         note(f"{reason}; using the one before")
@@ -126,11 +140,14 @@ def run(
         strategy.load_state_dict(state["strategy"])
         meter.load_state_dict(state["meter"])
         progress = Progress(**state["progress"])
+        best.kept = state.get("best", {})
     strategy.train()
     if progress.next_step == 0:
-        _evaluate(stream, strategy, journal, progress, step=-1, full=False)
+        _evaluate(stream, strategy, journal, progress, best, step=-1, full=False)
     clock = Clock(strategy.env.device)
     for step in range(progress.next_step, plan.steps):
+        if progress.over(strategy.env.runs):
+            break
         batch = stream.batch(step)
         if plan.tests(step):
             with clock.paused():
@@ -140,17 +157,18 @@ def run(
             strategy.boundary()
         if plan.evaluates(step):
             with clock.paused():
-                _evaluate(stream, strategy, journal, progress, step=step, full=step in plan.full)
+                _evaluate(stream, strategy, journal, progress, best, step=step, full=step in plan.full)
         if plan.flushes(step):
             _flush(meter, stream, step, progress, journal, clock, place, note)
-        stopping = stop()
-        if plan.saves(step) or stopping:
+        stopping, over = stop(), progress.over(strategy.env.runs)
+        if plan.saves(step) or stopping or over:
             with clock.paused():
                 journal.sync()  # a checkpoint must never know more than the journal
-                _find_lost(meter.read(), progress, place, note)
-                _save(strategy, meter, progress, step, place)
-        if stopping and step + 1 < plan.steps:
+                _find_lost(meter.read(), progress, step, place, note)
+                _save(strategy, meter, progress, best, step, place)
+        if stopping and not over and step + 1 < plan.steps:
             return None
+    best.put_back()
     return progress
 
 
@@ -162,9 +180,12 @@ def _test_every(stream: Stream, prequential: int) -> int:
     return min(prequential, 1) if measure.of(stream.task).every_batch else prequential
 
 
-def _save(strategy: Strategy, meter: Meter, progress: Progress, step: int, place: Place) -> None:
+def _save(
+    strategy: Strategy, meter: Meter, progress: Progress, best: selection.Weights, step: int, place: Place
+) -> None:
     progress.next_step = step + 1
     state = {"strategy": strategy.state_dict(), "meter": meter.state_dict(), "progress": vars(progress)}
+    state |= {"best": best.kept} if best.kept else {}
     checkpoint.save(place.folder, step + 1, {"owner": place.owner, **state})
 
 
@@ -204,9 +225,16 @@ def evaluate_all(strategy: Strategy, holdout: Holdout, step: int, full: bool) ->
 
 
 def _evaluate(
-    stream: Stream, strategy: Strategy, journal: Journal, progress: Progress, *, step: int, full: bool
+    stream: Stream,
+    strategy: Strategy,
+    journal: Journal,
+    progress: Progress,
+    best: selection.Weights,
+    *,
+    step: int,
+    full: bool,
 ) -> None:
-    """Evaluate and write it down, once anything has been seen.
+    """Evaluate and write it down, once anything has been seen; after a pass, see which runs stop.
 
     Before the first step every split is asked: forward transfer needs that.
     """
@@ -216,7 +244,10 @@ def _evaluate(
     samples = (step + 1) * stream.batch_size
     found = evaluate_all(strategy, holdout, step if step >= 0 else len(stream), full)
     for values in found.values():
-        values[list(progress.lost)] = np.nan
+        values[[*progress.lost, *progress.idle(step)]] = np.nan
+    rule = selection.of(stream)
+    if rule is not None and rule.patience and full:
+        _watch(rule, found, progress, best, step)
     measured = measure.of(stream.task)
     rest = {"measure": measured.name, "accuracy": found.pop(measured.matrix), **found}
     journal.write("evaluation", samples, task_end=full, seen=stream.seen(step), **rest)
@@ -226,6 +257,20 @@ def _evaluate(
         journal.write("memory", samples, counts=class_counts(rows, stream.classes))
     if memory is not None and "y" in rows and "cluster" in rows:
         journal.write("clusters", samples, **cluster_health(rows, memory.groups, stream.classes))
+
+
+def _watch(
+    rule: selection.Selection, found: Mapping[str, Floats], progress: Progress, best: selection.Weights, step: int
+) -> None:
+    """Keep the weights of the runs that are better than after any pass before; stop those that have not been for long."""
+    progress.watched.append(found[rule.metric][:, rule.validation].tolist())
+    done = progress.stopped.keys() | progress.lost.keys()
+    going = [run for run in range(len(progress.watched[0])) if run not in done]
+    standings = {run: selection.standing([row[run] for row in progress.watched], rule.patience) for run in going}
+    better = [run for run, where in standings.items() if where.best == where.last]
+    if better:
+        best.keep(better)
+    progress.stopped |= {run: step for run, where in standings.items() if where.stopped}
 
 
 def known_rows(stream: Stream, rows: Batch) -> Batch:
@@ -270,9 +315,11 @@ def _flush(
     """Read the logs, check them, add to the running totals, write one line."""
     steps = len({number for number, _, _ in meter.pending})
     columns = meter.drain()
-    _find_lost(columns, progress, place, note)
+    _find_lost(columns, progress, step, place, note)
+    idle = progress.idle(step)
     for column in columns.values():
         column.values[:, list(progress.lost)] = np.nan
+        column.values[:, idle] = 0
     seconds = clock.read()
     progress.train_seconds += seconds
     progress.timed_steps += steps
@@ -286,7 +333,10 @@ def _flush(
     curve |= {f"{name}_prequential": value for name, value in progress.means().items()}
     speed = steps * stream.batch_size / max(seconds, 1e-9)
     runs = len(next(iter(curve.values()), ()))
-    journal.write("curve", (step + 1) * stream.batch_size, values={**curve, "samples_per_second": np.full(runs, speed)})
+    curve["samples_per_second"] = np.full(runs, speed)
+    for values in curve.values():
+        values[idle] = np.nan
+    journal.write("curve", (step + 1) * stream.batch_size, values=curve)
 
 
 def means(sums: Mapping[str, list[float]]) -> dict[str, Floats]:
@@ -305,13 +355,16 @@ def _add_to(sums: dict[str, list[float]], name: str, values: Floats) -> None:
     sums[name] = [float(total) for total in np.add(before, values.sum(0))]
 
 
-def _find_lost(columns: Mapping[str, Column], progress: Progress, place: Place, note: Callable[[str], None]) -> None:
+def _find_lost(
+    columns: Mapping[str, Column], progress: Progress, step: int, place: Place, note: Callable[[str], None]
+) -> None:
     """Note which runs have a log that is not finite.    Raises: Diverged when no run is left."""
     logs = {key: column for key, column in columns.items() if not key.startswith(TEST)}
     runs = max((column.values.shape[1] for column in columns.values()), default=0)
+    idle = progress.idle(step)
     for run in range(runs):
         bad = [int(c.steps[~np.isfinite(c.values[:, run])][0]) for c in columns.values() if _breaks(c, run)]
-        if run in progress.lost or not bad:
+        if run in progress.lost or run in idle or not bad:
             continue
         first = min(bad)
         parts = {key: c.values[c.steps == first, run] for key, c in logs.items()}

@@ -42,6 +42,7 @@ class Job:
     shown: dict[str, float] = field(default_factory=dict)
     bar: TaskID | None = None
     said: int = -1
+    finished: bool = False  # maybe before all samples were seen
 
     @property
     def folder(self) -> Path:
@@ -62,6 +63,7 @@ class Job:
             return
         lines, self.byte = journal.read(path, self.byte)
         for line in lines:
+            self.finished = line.get("status") == "finished"
             self.samples = max(self.samples, line.get("samples", 0))
             if line["kind"] == "curve":
                 self.shown |= {key: journal.known_mean(values) for key, values in line["values"].items()}
@@ -177,8 +179,9 @@ def _show(job: Job, bars: Progress) -> None:
         "samples_per_second": "{:.0f}/s",
     }
     shown = " ".join(form.format(job.shown[key]) for key, form in keys.items() if key in job.shown)
-    bars.update(job.bar, completed=job.samples, shown=shown)
-    quarter = 4 * job.samples // max(record["data"]["samples"], 1)
+    total = record["data"]["samples"]
+    bars.update(job.bar, completed=total if job.finished else job.samples, shown=shown)
+    quarter = 4 * job.samples // max(total, 1)
     if not bars.console.is_terminal and quarter > job.said:
         job.said = quarter
         bars.console.print(f"{bars.tasks[job.bar].description}: {job.samples} samples  {shown}", soft_wrap=True)

@@ -28,6 +28,17 @@ USUAL = (
     "ndcg10_prequential",
     "hr10_second_half",
     "hr10_end",
+    "hr5_test",
+    "hr10_test",
+    "hr20_test",
+    "ndcg5_test",
+    "ndcg10_test",
+    "ndcg20_test",
+    "hr10_test_last",
+    "ndcg10_test_last",
+    "mrr10_validation",
+    "best_pass",
+    "passes",
     "assa_end",
     "idf1_end",
     "idsw_per_100_end",
@@ -58,6 +69,10 @@ TERMINAL = (
     "acc_prequential",
     "hr10_prequential",
     "ndcg10_prequential",
+    "hr10_test",
+    "ndcg10_test",
+    "hr10_test_last",
+    "best_pass",
     "assa_end",
     "idf1_end",
     "idsw_per_100_end",
@@ -68,13 +83,17 @@ TERMINAL = (
     "samples_per_second",
 )  # fit into 80 columns
 PROBES = ("linear", "knn", "ncm", "shot1", "shot5", "cluster", "memory_entropy")
+RANKINGS = ("hr", "ndcg", "mrr")  # small numbers: shown with one more decimal
 SHARES = (  # metrics in [-1, 1], shown in percent
-    *("acc", "forgetting", "bwt", "fwt", "hr10", "ndcg10"),
+    *("acc", "forgetting", "bwt", "fwt", *RANKINGS),
     *("assa", "association", "class_acc", "deta", "hota", "idf1", "recovery", "reid", "video_ap"),
     *PROBES,
 )
 LOWER_IS_BETTER = ("forgetting", "idsw", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
-COSTS = ("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
+COSTS = (
+    *("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters"),
+    *("best_pass", "passes"),
+)
 UNRANKED = (*COSTS, "acc_last_task")  # never in bold: no method is better for it alone
 
 
@@ -183,6 +202,7 @@ def shown(metric: str, estimate: Estimate, plus: str = "±", signed: bool = Fals
         return "-"
     sign = "+" if signed else ""
     scale, places = (100, 1) if metric.startswith(SHARES) else (1e-6, 2) if metric.endswith("_bytes") else (1, 1)
+    places += metric.startswith(RANKINGS)
     places = 0 if abs(estimate.mean * scale) >= 200 else places
     mean = f"{estimate.mean * scale:{sign}.{places}f}"
     exact = scale != 100 and estimate.half <= 1e-9 * abs(estimate.mean)  # a size or a speed that all seeds share
@@ -448,7 +468,9 @@ def put_between(text: str, begin: str, end: str, middle: str) -> str:
 
 def _ranked(group: Sequence[Result]) -> list[Result]:
     """By accuracy, or by what stands in its place."""
-    main = next((name for name in ("acc_end", "assa_end") if any(name in r["metrics"] for r in group)), "acc_end")
+    main = next(
+        (name for name in ("acc_end", "assa_end", "hr10_test") if any(name in r["metrics"] for r in group)), "acc_end"
+    )
     return sorted(group, key=lambda r: (interval(r["metrics"].get(main, [])).mean, r["strategy"]))
 
 

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from cl_sim import augment, encoders, measure, registry, store
+from cl_sim import augment, encoders, measure, registry, selection, store
 from cl_sim.config import RunConfig, from_dict
 from cl_sim.engine import Place, Plan, Progress, run
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
@@ -148,7 +148,8 @@ def _journaled(
     for memory in (one for one in memories(strategy) if isinstance(one, Clustered)):
         groups.keep(memory, place.folder / groups.FILE)
     views.keep(strategy, place.folder / views.FILE)
-    journal.write("summary", stream.samples, values=summarise(place.folder, strategy, stream, progress))
+    samples = progress.next_step * stream.batch_size if progress.stopped else stream.samples
+    journal.write("summary", samples, values=summarise(place.folder, strategy, stream, progress))
     journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"
 
@@ -170,7 +171,11 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     journal = read(folder / "journal.jsonl")[0]
     lines = [line for line in journal if line["kind"] == "evaluation"]
     whole = [run for run in range(runs) if lines and run not in progress.lost]
-    summaries = {run: transfer.summary(transfer.record(lines, run)) for run in whole}
+    rule = selection.of(stream)
+    summaries = {
+        run: selection.summary(lines, run, rule) if rule else transfer.summary(transfer.record(lines, run))
+        for run in whole
+    }
     keys = next(iter(summaries.values()), {})
     values = {key: [summaries.get(run, {}).get(key, float("nan")) for run in range(runs)] for key in keys}
     measured = measure.of(stream.task)

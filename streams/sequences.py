@@ -5,7 +5,8 @@ but is part of the stream: it counts, and it fills the catalogue. Batches are co
 events of user 0 and item 0, which count nowhere.
 
 Source: ours for the stream; `protocol="offline"` is the leave-one-out protocol of Kang and McAuley 2018, "Self-Attentive
-Sequential Recommendation", with a sample for every place of a history, as the code of MCLRec uses it.
+Sequential Recommendation", with a sample for every place of a history, as the code of MCLRec uses it: the pass with the best
+MRR@10 on the items before the last is tested on the last ones.
 Departures: lists without times have no order across users, so the order is one of three rules; every user's own order is kept.
 Segments hold equally many scored events, not equally many events: `round` begins with a tenth of events without a history.
 """
@@ -25,6 +26,7 @@ from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
 from cl_sim.indexed import host_rng
 from cl_sim.interactions import Interactions, Ints, load
+from cl_sim.selection import Selection
 from cl_sim.types import Batch, Field
 
 CHUNK = 500  # events ranked at once in evaluations
@@ -45,11 +47,17 @@ class SequencesConfig:
     subset: int = 100  # of them in the small evaluations
     protocol: Literal["stream", "offline"] = "stream"  # each event once, or passes over training samples
     passes: int = 1  # of the offline protocol
+    patience: int = 0  # passes in a row that validate no better and are borne; one more ends the run; 0: all are made
 
     def __post_init__(self) -> None:
-        at_least(self, batch=1, longest=1, segments=1, probe=1, subset=1, passes=1)
+        at_least(self, batch=1, longest=1, segments=1, probe=1, subset=1, passes=1, patience=0)
         if self.protocol == "stream" and self.passes > 1:
             raise BadConfig("stream.passes needs --set stream.protocol=offline; a stream shows each event once")
+        if self.protocol == "stream" and self.patience:
+            raise BadConfig(
+                f"stream.patience is {self.patience}, but a stream has no passes and no validation; add --set "
+                "stream.protocol=offline --set stream.passes=100, or leave it out"
+            )
 
 
 class Events:
@@ -127,6 +135,7 @@ class Sequences:
         self.samples = self.steps * cfg.batch  # the filling of the last batch included
         self.kept, self.of_pass = self._pass_on_device(0), 0  # the pass in use
         self._holdout = self._left_out() if offline else self._probes()
+        self.selection = Selection("mrr10", 0, 1, cfg.patience) if offline else None
 
     def __len__(self) -> int:
         return self.steps
@@ -171,7 +180,7 @@ class Sequences:
         return Probes(self.events, names, ends, user[run, chosen], position[run, chosen], self.cfg.subset)
 
     def _left_out(self) -> Probes:
-        """The last item of every user for the test, the one before it for validation."""
+        """The last item of every user for the test, which never counts as seen, and the one before it for validation."""
         fit = np.flatnonzero(self.data.lengths >= 3)
         user = np.stack([fit + 1, fit + 1])
         position = np.stack([self.data.lengths[fit] - 2, self.data.lengths[fit] - 1])
@@ -179,7 +188,7 @@ class Sequences:
         return Probes(
             self.events,
             ("validation", "test"),
-            (0, 0),
+            (0, self.steps),
             np.broadcast_to(user, shape).copy(),
             np.broadcast_to(position, shape).copy(),
             self.cfg.subset,

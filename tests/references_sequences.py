@@ -180,3 +180,21 @@ def prequential(events: Sequence[tuple[int, int, int]], items: int, batch: int, 
             if position:
                 pairs[last, target] = pairs.get((last, target), 0) + 1
     return found
+
+
+def early_stop(values: Vector, patience: int) -> tuple[int, int]:
+    """The best pass and the last one, from 0: the run ends with the pass that makes the counter exceed the patience."""
+    best, place, waited = -math.inf, 0, 0
+    for number, value in enumerate(values):
+        if value > best:
+            best, place, waited = value, number, 0
+        else:
+            waited += 1
+        if 0 < patience < waited:
+            return place, number
+    return place, len(values) - 1
+
+
+def left_out(users: Sequence[Sequence[int]], back: int, longest: int) -> list[tuple[list[int], int]]:
+    """History and target of every user with three items or more: the last item (back=1) or the one before it (back=2)."""
+    return [(list(items[:-back][-longest:]), items[-back]) for items in users if len(items) > 2]
