@@ -87,6 +87,7 @@ class Progress:
     next_step: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)  # test-then-train sums by name, per run
     late: dict[str, list[float]] = field(default_factory=dict)  # the same over the second half of the stream
+    recent: dict[str, list[list[float]]] = field(default_factory=dict)  # test-then-train sums of the newest steps
     lost: dict[int, str] = field(default_factory=dict)  # runs that diverged -> what their logs said first
     watched: list[list[float]] = field(default_factory=list)  # what decides on stopping, after each pass, per run
     stopped: dict[int, int] = field(default_factory=dict)  # runs that stopped early -> after which step
@@ -96,6 +97,16 @@ class Progress:
     def means(self, late: bool = False) -> dict[str, Floats]:
         """Test-then-train means by name, NaN where nothing was measured.    Shapes: -> each [R]."""
         return means(self.late if late else self.sums)
+
+    def slide(self, tested: Mapping[str, Column], samples: int) -> dict[str, Floats]:
+        """Sums of the newest steps that hold so many tested samples, or of all there are.    Shapes: -> each [K, R]."""
+        older = {name: self.recent.get(name, []) for name in tested}
+        rows = {name: np.array([*older[name], *column.values.tolist()]) for name, column in tested.items()}
+        held = np.nanmax(rows[TESTED], 1)[::-1].cumsum()  # newest first; of any run, as those that are lost hold none
+        count = int(np.searchsorted(held, samples)) + 1
+        window = {name: values[-count:] for name, values in rows.items()}
+        self.recent = {name: values.tolist() for name, values in window.items()}
+        return window
 
     def idle(self, step: int) -> list[int]:
         """Runs that had stopped before this step; they train on beside the others, but nothing of it counts."""
@@ -325,7 +336,10 @@ def _flush(
     progress.timed_steps += steps
     curve = {key: column.values.mean(0) for key, column in columns.items() if not key.startswith(TEST)}
     tested = {key.removeprefix(TEST): column for key, column in columns.items() if key.startswith(TEST)}
-    window = {name: [float(total) for total in column.values.sum(0)] for name, column in tested.items()}
+    rows = {name: column.values for name, column in tested.items()}
+    if tested and (samples := measure.of(stream.task).window):
+        rows = progress.slide(tested, samples)
+    window = {name: [float(total) for total in values.sum(0)] for name, values in rows.items()}
     curve |= {f"{name}_window": value for name, value in means(window).items()}
     for name, column in tested.items():
         _add_to(progress.sums, name, column.values)

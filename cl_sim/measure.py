@@ -43,6 +43,7 @@ class Measure:
     metric: Callable[[int, int, torch.device], Metric]  # for R runs and S splits
     test: Callable[[Tensor, Batch], Logs] | None  # sums [R] over a batch by name, and `tested`; None: nothing to test
     every_batch: bool = False  # test on all batches if on any, and report the stream's second half too
+    window: int = 0  # of the newest samples tested, which the curves show a mean of; 0: those since the last read
     candidates: Candidates | None = None  # for nets that propose instances: turns answers into rows to be tracked
     finals: tuple[str, ...] = ()  # other results whose last values, averaged over splits, are summarised too
 
@@ -97,6 +98,7 @@ MEASURES = {
         lambda runs, splits, device: Ranking((5, 10, 20), runs, splits, device),
         ranking_sums,
         every_batch=True,
+        window=10_000,
     ),
 }
 

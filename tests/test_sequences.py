@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -778,3 +779,35 @@ def test_a_ranking_is_recorded_as_such(tmp_path: Path) -> None:
         assert last["ndcg10_prequential"][run] == pytest.approx(gain, abs=1e-6)
     assert progress.late["tested"][0] < progress.sums["tested"][0]
     assert engine.Plan.of(made.stream, per_task=3, prequential=0, flush_every=5, save_every=100).test_every == 0
+
+
+@pytest.mark.parametrize("stop_at", [200, 13])
+def test_the_window_holds_the_newest_batches_with_so_many_scored_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    assert measure.of("rank").window == 10_000
+    monkeypatch.setitem(measure.MEASURES, "rank", replace(measure.of("rank"), window=60))
+    asked = iter([False] * stop_at + [True] + [False] * 100)
+    for _ in range(2):
+        made = toy("markov1", (0, 1))
+        plan = engine.Plan.of(made.stream, per_task=1, prequential=1, flush_every=3, save_every=100)
+        with Journal(tmp_path / "journal.jsonl") as journal:
+            place = engine.Place(tmp_path, "test")
+            if engine.run(made.stream, made.strategy, plan, journal, place, stop=lambda: next(asked)) is not None:
+                break
+    by_step, twin = list[tuple[float, float]](), toy("markov1", (0,))  # hits and scored events of each batch
+    for step in range(len(twin.stream)):
+        batch = twin.stream.batch(step)
+        sums = engine.test(twin.strategy, batch, batch)
+        by_step.append((sums["test hr10"].item(), sums["test tested"].item()))
+        twin.strategy.observe(batch)
+    curves = [line for line in read(tmp_path / "journal.jsonl")[0] if line["kind"] == "curve"]
+    longer = 0
+    for line in curves:
+        done = line["samples"] // 16
+        newest = next((n for n in range(1, done) if sum(count for _, count in by_step[done - n : done]) >= 60), done)
+        longer += newest > 3
+        hits, count = (sum(column) for column in zip(*by_step[done - newest : done], strict=True))
+        for value in line["values"]["hr10_window"]:
+            assert value == (None if count == 0 else pytest.approx(hits / count, abs=1e-6))
+    assert longer > len(curves) / 2
