@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cl_sim.arrays import DataSet, Resident
 from cl_sim.errors import BadConfig
+from cl_sim.repeats import Repeats
 from cl_sim.rng import derive
 from cl_sim.types import Batch, Field
 
@@ -30,11 +32,15 @@ def host_rng(seed: int, purpose: str) -> np.random.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The training rows every run sees, in order, and where its tasks end."""
+    """Which training rows every run sees, in order, and where its tasks end.
+
+    Where tasks show their samples more than once, rows and labels are a single showing, and `repeats` says what comes when.
+    """
 
     rows: NDArray[np.int64]  # [R, N]
     labels: NDArray[np.int64]  # [R, N]; may differ from the set's own (noise)
     ends: tuple[int, ...]  # the last step of each task
+    repeats: Repeats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,8 @@ class IndexedStream:
         self.data, self.schedule, self.splits = data, schedule, splits
         self.batch_size, self.announces, self.device = batch_size, announces, device
         self.classes, self.digest = len(data.classes), data.digest
-        self.steps: int = schedule.rows.shape[1] // batch_size
+        repeats = schedule.repeats
+        self.steps = schedule.rows.shape[1] // batch_size if repeats is None else len(repeats)
         self.samples = self.steps * batch_size
         self.train = Resident(data.train.x, device)
         dtype = torch.uint8 if data.train.x.dtype == np.uint8 else torch.float32
@@ -122,9 +129,25 @@ class IndexedStream:
 
     def batch(self, step: int) -> Batch:
         """The samples of one step."""
-        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = self.rows[:, part]
-        return {"x": self.train.gather(rows), "y": self.labels[:, part], "index": rows}
+        place = self.places(step)
+        rows = self.rows.gather(1, place)
+        return {"x": self.train.gather(rows), "y": self.labels.gather(1, place), "index": rows}
+
+    def places(self, step: int) -> Tensor:
+        """Where the samples of one step lie in the schedule.    Shapes: -> [R, B]."""
+        if self.schedule.repeats is not None:
+            return self.schedule.repeats.places(step)
+        start = step * self.batch_size
+        return torch.arange(start, start + self.batch_size, device=self.device).expand(len(self.rows), -1)
+
+    def truth(self, step: int) -> Tensor:
+        """The labels of one step, without its samples.    Shapes: -> [R, B]."""
+        return self.labels.gather(1, self.places(step))
+
+    def once(self, name: str) -> NDArray[np.int64]:
+        """Labels (y) or rows (index) of the whole stream; of a single showing where samples come again.    Shapes: -> [R, N]."""
+        known = self.schedule.labels if name == "y" else self.schedule.rows
+        return known if self.schedule.repeats is not None else known[:, : self.samples]
 
     def ends_task(self, step: int) -> bool:
         """Is this the last step of a task?"""
@@ -147,7 +170,7 @@ class IndexedStream:
             "digest": self.digest,
             "classes": self.classes,
             "samples": self.samples,
-            "left out": len(self.data.train.y) - len(np.unique(self.schedule.rows[0, : self.samples])),
+            "left out": len(self.data.train.y) - len(np.unique(self.once("index")[0])),
             "steps": self.steps,
             "batch": self.batch_size,
             "task ends": list(self.schedule.ends),
@@ -192,36 +215,31 @@ def class_incremental(
     rows_of_class: Sequence[Sequence[NDArray[np.int64]]],
     orders: NDArray[np.int64],
     *,
-    batch: int,
+    sizes: Sequence[int],
     seeds: Sequence[int],
-    steps: Sequence[int],
     iid: bool,
-    passes: int = 1,
-) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+) -> NDArray[np.int64]:
     """Concatenate tasks of consecutive classes, each shuffled; with iid, the same samples in one shuffled order.
 
-    `rows_of_class[r][c]` are the training rows of class c for run r; `steps[t]` the length of task t in batches. With several
-    passes the samples of a task (with iid: all) come so many times, each time in a new order, before the next task begins.
+    `rows_of_class[r][c]` are the training rows of class c for run r; `sizes[t]` the samples of task t.
 
-    Shapes: orders [R, C] -> rows [R, N], ends [T].
+    Shapes: orders [R, C] -> rows [R, N].
     """
     whole = []
     for seed, order, rows in zip(seeds, orders, rows_of_class, strict=True):
         rng = host_rng(seed, "stream order")
         parts = []
-        for task, members in enumerate(np.split(order, len(steps))):
+        for task, members in enumerate(np.split(order, len(sizes))):
             pool = rng.permutation(np.concatenate([rows[c] for c in members]))
-            parts.append(pool[: steps[task] * batch])
-        again = host_rng(seed, "further passes")
-        if iid:
-            parts = [rng.permutation(np.concatenate(parts))]
-        whole.append(np.concatenate([one for part in parts for one in _repeated(part, passes, again)]))
-    return np.stack(whole), tuple(int(end) - 1 for end in np.cumsum(steps) * passes)
+            parts.append(pool[: sizes[task]])
+        one = np.concatenate(parts)
+        whole.append(rng.permutation(one) if iid else one)
+    return np.stack(whole)
 
 
-def _repeated(rows: NDArray[np.int64], passes: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """The rows as they are, then again in new orders."""
-    return [rows, *(rng.permutation(rows) for _ in range(passes - 1))]
+def last_steps(steps: Sequence[int]) -> tuple[int, ...]:
+    """The last step of each task, given how many each has."""
+    return tuple(int(end) - 1 for end in np.cumsum(steps))
 
 
 def task_splits(orders: NDArray[np.int64], tasks: int, ends: Sequence[int], iid: bool) -> Splits:

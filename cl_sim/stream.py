@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cl_sim.types import Batch, Field
 
@@ -26,7 +27,10 @@ class Holdout(Protocol):
 
 
 class Stream(Protocol):
-    """Samples in order, each once. Everything depends on (seeds, step) only: there is no cursor to save."""
+    """Samples in order, each once unless passes are asked for. Everything depends on (seeds, step): there is no cursor to save.
+
+    One that shows a fixed set of samples again and again may have an attribute `pool`, which strategies get as `env.pool`.
+    """
 
     Config: ClassVar[type]
     task: str  # what predict returns: "classify" logits, "embed" vectors, "rank" item scores, "associate" embeddings
@@ -74,10 +78,22 @@ class Clips(Stream, Protocol):
         ...
 
 
+class Pool(NamedTuple):
+    """A fixed set of samples that comes again and again. A sample's number is its `index`.
+
+    Shapes: present [R, N] bool: numbers that samples have; labelled [R, L]: those whose label is known, then -1; take [R, n] ->
+    the samples of these numbers as the stream shows them, each field [R, n, ...].
+    """
+
+    present: Tensor
+    labelled: Tensor
+    take: Callable[[Tensor], Batch]
+
+
 def truth(stream: Stream, step: int, batch: Batch) -> Batch:
     """The batch as it is measured: with the labels that the stream hides from strategies, if it hides any.
 
-    A stream that does has a method `truth(step)`, its labels [R, B].
+    A stream that does has a method `truth(step)`, its labels [R, B]; so may others, whose labels are known without the samples.
     """
     hidden = getattr(stream, "truth", None)
     return batch if hidden is None else {**batch, "y": hidden(step)}

@@ -8,11 +8,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_sim.indexed import IndexedStream
-from cl_sim.stream import Clips, Stream, truth
+from cl_sim.stream import Clips, Stream
 
 SHADES = " ·░▒▓█"
 LINES = 20  # drawn at most; more classes are grouped
+STEPS = 20_000  # looked at, at most; of a longer stream every second step counts twice, or every third three times, ...
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,27 @@ class Timeline:
 def of(stream: Stream, bins: int = 60) -> Timeline:
     """Count the labels of the stream's first run."""
     steps = len(stream)
-    labels = _labels(stream)
-    edges = np.linspace(0, steps, min(bins, steps) + 1).round().astype(np.int64) * stream.batch_size
-    parts = [labels[a:b] for a, b in pairwise(edges)]
+    every = -(-steps // STEPS)
+    edges = np.linspace(0, steps, min(bins, steps) + 1).round().astype(np.int64)
+    labels = _labels(stream, every)
+    parts = [labels[-(-a // every) : -(-b // every)] for a, b in pairwise(edges)]  # of the steps a, ..., b - 1
     counts = [np.bincount(part[part >= 0], minlength=stream.classes) for part in parts]
     ends = tuple((step + 1) * stream.batch_size for step in range(steps) if stream.ends_task(step))
-    return Timeline(edges, np.stack(counts).astype(np.float64), ends)
+    return Timeline(edges * stream.batch_size, every * np.stack(counts).astype(np.float64), ends)
 
 
-def _labels(stream: Stream) -> NDArray[np.int64]:
-    """The first run's labels, without making a sample where the order is known; -1 is none.
+def _labels(stream: Stream, every: int) -> NDArray[np.int64]:
+    """The first run's labels at each so-manieth step, without making a sample where they are known; -1 is none.
 
-    Shapes: -> [N], or of clips [N, G].
+    Shapes: -> [steps looked at, B], or of clips [steps, B, G].
     """
     if isinstance(stream, Clips):
-        return stream.clip_labels()
-    if isinstance(stream, IndexedStream):
-        known: NDArray[np.int64] = stream.schedule.labels[0]
-        return known
-    labels: NDArray[np.int64] = np.concatenate(
-        [truth(stream, step, stream.batch(step))[_label(stream)][0].cpu().numpy() for step in range(len(stream))]
-    )
+        known = stream.clip_labels()
+        return known.reshape(len(stream), -1, *known.shape[1:])[::every]
+    truth = getattr(stream, "truth", None)
+    looked = range(0, len(stream), every)
+    each = [truth(step) if truth is not None else stream.batch(step)[_label(stream)] for step in looked]
+    labels: NDArray[np.int64] = np.stack([one[0].cpu().numpy() for one in each])
     return labels
 
 

@@ -72,11 +72,12 @@ class Wrapped:
 def column(stream: Stream, name: str) -> NDArray[np.int64]:
     """A column of whole numbers over the whole stream, without gathering a sample where the order is known.
 
+    Of samples that come again and again, a single showing.
+
     Shapes: -> [R, N].
     """
     if isinstance(stream, IndexedStream) and name in ("y", "index"):
-        known = stream.schedule.labels if name == "y" else stream.schedule.rows
-        return known[:, : stream.samples]
+        return stream.once(name)
     parts: list[Tensor] = []
     for step in range(len(stream)):
         parts.append(truth(stream, step, stream.batch(step))[name])

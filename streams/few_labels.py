@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import host_rng
-from cl_sim.stream import truth
+from cl_sim.indexed import IndexedStream, host_rng
+from cl_sim.stream import Pool
 from cl_sim.types import Batch, Field
 from cl_sim.wrapped import Wrapped, by_name, column
 
@@ -48,7 +48,7 @@ class FewLabels(Wrapped):
     """The other stream with most labels hidden.
 
     A sample that comes again is labelled again. The column `index`, if there is one, is renumbered at random: rows of a data
-    set are often sorted by class.
+    set are often sorted by class. Where the other stream shows its samples again and again, `pool` tells which are labelled.
     """
 
     Config = FewLabelsConfig
@@ -61,30 +61,65 @@ class FewLabels(Wrapped):
             raise BadConfig(
                 f"stream.of is '{cfg.of}'; labels can only be hidden in a classification stream that has them"
             )
+        repeats = self.inner.schedule.repeats if isinstance(self.inner, IndexedStream) else None
+        if cfg.guarantee_first_label and repeats is not None and repeats.replacement:
+            raise BadConfig(
+                "stream.guarantee_first_label is true, but samples that are drawn have no order; leave it out"
+            )
         labels = column(self.inner, "y")
-        numbered = "index" in self.fields
-        ids = column(self.inner, "index") if numbered else np.tile(np.arange(self.samples), (len(seeds), 1))
-        chosen = np.stack([choose(i, y, cfg, seed) for i, y, seed in zip(ids, labels, seeds, strict=True)])
-        self.labelled = torch.as_tensor(chosen, device=device)  # [R, N]
+        self.numbered = "index" in self.fields
+        ids = column(self.inner, "index") if self.numbered else np.tile(np.arange(self.samples), (len(seeds), 1))
+        shape = len(seeds), int(ids.max()) + 1
+        chosen, known = np.zeros(shape, dtype=np.bool_), np.full(shape, HIDDEN)
+        for run, seed in enumerate(seeds):
+            chosen[run, ids[run]] = choose(ids[run], labels[run], cfg, seed)
+            known[run, ids[run]] = labels[run]
+        self.labelled, self.known = (torch.as_tensor(one, device=device) for one in (chosen, known))  # [R, rows]
         self.fields = {**self.fields, "is_labelled": Field((), torch.bool)}
-        if numbered:
-            count = int(ids.max()) + 1
-            renumbered = np.stack([host_rng(seed, "sample numbers").permutation(count) for seed in seeds])
-            self.number = torch.as_tensor(renumbered, device=device)  # [R, rows]
-        self.counts = np.bincount(labels[0][chosen[0]], minlength=self.classes)
+        if self.numbered:
+            number = np.stack([host_rng(seed, "sample numbers").permutation(shape[1]) for seed in seeds])
+            self.number = torch.as_tensor(number, device=device)  # [R, rows]
+            self.row = self.number.argsort(1)  # [R, numbers]
+        self.pool = None if repeats is None else self.fixed_pool()
+        self.counts = np.bincount(known[0][chosen[0]], minlength=self.classes)
 
     def batch(self, step: int) -> Batch:
         """The samples of one step; y is -1 where the label is hidden."""
-        known = self.labelled[:, step * self.batch_size : (step + 1) * self.batch_size]
         plain = self.inner.batch(step)
-        batch = {**plain, "y": plain["y"].masked_fill(~known, HIDDEN), "is_labelled": known}
-        if "index" in batch:
-            batch["index"] = self.number.gather(1, batch["index"])
-        return batch
+        start = step * self.batch_size
+        place = torch.arange(start, start + self.batch_size, device=self.labelled.device)
+        rows = plain["index"] if self.numbered else place.expand(len(self.labelled), -1)
+        return self.with_hidden(plain, rows)
+
+    def with_hidden(self, plain: Batch, rows: Tensor) -> Batch:
+        """Samples of these rows, as strategies see them.    Shapes: rows [R, n] -> each field [R, n, ...]."""
+        known = self.labelled.gather(1, rows)
+        own = {"index": self.number.gather(1, rows)} if self.numbered else {}
+        return {**plain, "y": plain["y"].masked_fill(~known, HIDDEN), **own, "is_labelled": known}
+
+    def fixed_pool(self) -> Pool:
+        """The samples that come again, by their numbers."""
+        assert isinstance(self.inner, IndexedStream)
+        images = self.inner.train
+
+        def take(number: Tensor) -> Batch:
+            rows = self.row.gather(1, number)
+            return self.with_hidden({"x": images.gather(rows), "y": self.known.gather(1, rows)}, rows)
+
+        by_number = self.labelled.gather(1, self.row)
+        most = int(by_number.sum(1).max())
+        first = by_number.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+        return Pool(
+            present=(self.known >= 0).gather(1, self.row),
+            labelled=torch.where(by_number.gather(1, first), first, -1),
+            take=take,
+        )
 
     def truth(self, step: int) -> Tensor:
         """Every label of one step, for the metrics.    Shapes: -> [R, B]."""
-        return truth(self.inner, step, self.inner.batch(step))["y"]
+        known = getattr(self.inner, "truth", None)
+        labels: Tensor = self.inner.batch(step)["y"] if known is None else known(step)
+        return labels
 
     def describe(self) -> Mapping[str, Any]:
         """What the other stream says, and the labelled samples of the first run."""

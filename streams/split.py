@@ -1,4 +1,4 @@
-"""Class-incremental stream: tasks of disjoint classes one after the other, every sample once (or in several passes).
+"""Class-incremental stream: tasks of disjoint classes one after the other, every sample once (or again and again).
 
 Source: Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory for Continual Learning", as replayed by the online code line
 (batches of 10, one epoch, shuffled class order per run, the incomplete last batch of a task dropped).
@@ -26,9 +26,11 @@ from cl_sim.indexed import (
     class_orders,
     equal_tasks,
     host_rng,
+    last_steps,
     task_splits,
 )
 from cl_sim.noise import noisy_labels
+from cl_sim.repeats import Repeats
 
 USUAL_TASKS = {"cifar10": 5, "cifar100": 10, "mini-imagenet": 10, "tiny-imagenet": 10, "mnist": 5, "fashion-mnist": 5}
 
@@ -46,6 +48,7 @@ class SplitConfig:
     length: Literal["equal", "all"] = "equal"  # steps per task: the same in every class order, or every sample
     samples_per_task: int = 0  # at most so many; 0: no limit
     passes: int = 1  # over the samples of each task, each in a new order; 1: online
+    draws: int = 0  # steps of each task, their samples drawn with replacement from the whole task; 0: by passes
     imbalance: float = 1.0  # long tail: how many times larger the largest class is than the smallest
     tail: Literal["ordered", "shuffled"] = "ordered"  # the first class to arrive is largest, or a fixed shuffle of that
     noise: float = 0.0  # probability that a training label is wrong
@@ -56,8 +59,13 @@ class SplitConfig:
     labels: str = ""  # FILE:COLUMN: labels to learn from (human ones, say); or a column of the set's own table
 
     def __post_init__(self) -> None:
-        at_least(self, tasks=0, batch=1, samples_per_task=0, passes=1, imbalance=1, subset=1, size=0)
+        at_least(self, tasks=0, batch=1, samples_per_task=0, passes=1, draws=0, imbalance=1, subset=1, size=0)
         within(self, 0, 1, "noise")
+        if self.passes > 1 and self.draws:
+            raise BadConfig(
+                f"stream.passes is {self.passes} and stream.draws {self.draws}; samples come in passes or are drawn with "
+                "replacement, so leave one of them out"
+            )
 
 
 class Split(IndexedStream):
@@ -77,10 +85,13 @@ class Split(IndexedStream):
         rows = [np.flatnonzero(y == c) for c in range(classes)]
         pools = [long_tail(rows, order, seed, cfg) for order, seed in zip(self.orders, seeds, strict=True)]
         sizes = np.array([[len(of) for of in pool] for pool in pools])  # [R, C]
-        steps = task_steps(sizes, self.orders, tasks, cfg)
-        sequence, ends = class_incremental(
-            pools, self.orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid, passes=cfg.passes
-        )
+        shown = task_sizes(sizes, self.orders, tasks, cfg)
+        steps = [cfg.draws or cfg.passes * (n // cfg.batch) for n in shown]
+        sequence, ends = class_incremental(pools, self.orders, sizes=shown, seeds=seeds, iid=iid), last_steps(steps)
+        repeats = None
+        if cfg.passes > 1 or cfg.draws:
+            parts = ([sum(shown)], [sum(steps)]) if iid else (shown, steps)
+            repeats = Repeats(seeds, *parts, batch=cfg.batch, replacement=cfg.draws > 0, device=device)
         self.clean = y[sequence]  # [R, N], for measuring only
         noisy = [
             noisy_labels(given, classes, cfg.noise, cfg.noise_kind, host_rng(seed, "label noise")) for seed in seeds
@@ -88,7 +99,7 @@ class Split(IndexedStream):
         labels = np.stack([whole[row] for whole, row in zip(noisy, sequence, strict=True)])
         super().__init__(
             loaded,
-            Schedule(rows=sequence, labels=labels, ends=ends),
+            Schedule(rows=sequence, labels=labels, ends=ends, repeats=repeats),
             task_splits(self.orders, tasks, ends, iid),
             batch_size=cfg.batch,
             announces=cfg.announces and not iid,
@@ -98,7 +109,10 @@ class Split(IndexedStream):
         self.tasks, self.cfg = tasks, cfg
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and the first run's classes per task, samples of each class in order of arrival, and wrong labels."""
+        """Counts, and the first run's classes per task, samples of each class in order of arrival, and wrong labels.
+
+        Where samples come again, those of a single showing are counted.
+        """
         order = [[int(c) for c in part] for part in np.split(self.orders[0], self.tasks)]
         counts = np.bincount(self.clean[0], minlength=self.classes)
         tail = [int(n) for n in counts[self.orders[0]]]
@@ -107,6 +121,8 @@ class Split(IndexedStream):
             "tasks": order,
             "samples per class": tail if self.cfg.imbalance > 1 else f"{counts.min()} to {counts.max()}",
             **({"wrong labels": f"{wrong:.1%}"} if wrong else {}),
+            **({"passes": self.cfg.passes} if self.cfg.passes > 1 else {}),
+            **({"drawn": "with replacement"} if self.cfg.draws else {}),
         }
 
 
@@ -145,8 +161,8 @@ def long_tail(rows: list[Ints], order: Ints, seed: int, cfg: SplitConfig) -> lis
     return kept
 
 
-def task_steps(sizes: Ints, orders: Ints, tasks: int, cfg: SplitConfig) -> list[int]:
-    """Length of each task in batches.    Shapes: sizes [R, C], orders [R, C] -> T numbers.
+def task_sizes(sizes: Ints, orders: Ints, tasks: int, cfg: SplitConfig) -> list[int]:
+    """Samples of each task: whole batches, or all where they are drawn.    Shapes: sizes [R, C], orders [R, C] -> T numbers.
 
     Raises: BadConfig if a task would be empty, or if the stacked runs would have tasks of different lengths.
     """
@@ -157,14 +173,14 @@ def task_steps(sizes: Ints, orders: Ints, tasks: int, cfg: SplitConfig) -> list[
         per_task[:] = np.sort(sizes[0])[: classes // tasks].sum()
     if cfg.samples_per_task:
         per_task = np.minimum(per_task, cfg.samples_per_task)
-    steps = per_task // cfg.batch
-    if (steps != steps[0]).any():
+    shown = per_task if cfg.draws else per_task // cfg.batch * cfg.batch
+    if (shown != shown[0]).any():
         raise BadConfig(
             "stream.length 'all' gives these seeds tasks of different lengths, so they cannot run stacked; use --stack 1, or "
             "--set stream.length=equal"
         )
-    if steps.min() < 1:
+    if shown.min() < 1:
         raise BadConfig(
             f"stream.batch is {cfg.batch}, but a task has only {per_task.min()} samples; use a smaller batch"
         )
-    return [int(n) for n in steps[0]]
+    return [int(n) for n in shown[0]]

@@ -20,6 +20,7 @@ from cl_sim.indexed import (
     class_orders,
     equal_tasks,
     host_rng,
+    last_steps,
     task_splits,
 )
 
@@ -57,7 +58,8 @@ class Synthetic(IndexedStream):
         orders = class_orders(cfg.classes, cfg.order, seeds)
         steps = [cfg.classes // cfg.tasks * cfg.per_class // cfg.batch] * cfg.tasks
         pools = [[np.flatnonzero(y == c) for c in range(cfg.classes)]] * len(seeds)
-        rows, ends = class_incremental(pools, orders, batch=cfg.batch, seeds=seeds, steps=steps, iid=iid)
+        sizes, ends = [cfg.batch * n for n in steps], last_steps(steps)
+        rows = class_incremental(pools, orders, sizes=sizes, seeds=seeds, iid=iid)
         super().__init__(
             pictures,
             Schedule(rows=rows, labels=y[rows], ends=ends),

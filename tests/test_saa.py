@@ -626,7 +626,7 @@ def test_a_strategy_cannot_tell_streams_apart_that_differ_in_hidden_labels_alone
     """Whatever it computes from batches and fields is then a function of the labels it was given."""
     one, two = (few((3, 4), *BASES[base], fraction=0.1) for _ in range(2))
     true = two.inner.labels.clone()
-    hidden = ~two.labelled
+    hidden = ~stretch(two, "is_labelled")
     two.inner.labels = torch.where(hidden, (true[:, : two.samples] + 1) % two.classes, true[:, : two.samples])
     assert one.fields == two.fields
     for step in range(0, len(one), 5):
@@ -665,25 +665,27 @@ def test_numbers_say_nothing_about_the_class() -> None:
 
 
 def test_each_sample_is_labelled_with_the_given_probability() -> None:
-    known = few(tuple(range(20)), fraction=0.05).labelled
+    known = stretch(few(tuple(range(20)), fraction=0.05), "is_labelled")
     assert share_z(int(known.sum()), known.numel(), 0.05) < 4.5  # false alarm: 7 in a million
-    assert not few(fraction=0.0).labelled.any()
-    assert few(fraction=1.0).labelled.all()
+    assert not stretch(few(fraction=0.0), "is_labelled").any()
+    assert stretch(few(fraction=1.0), "is_labelled").all()
 
 
 @pytest.mark.parametrize("first", [False, True])
 def test_every_class_gets_its_number_of_labels(first: bool) -> None:
     stream = few((0, 1, 2), per_class=7, guarantee_first_label=first)
-    for run, (known, y) in enumerate(zip(stream.labelled.numpy(), column(stream.inner, "y"), strict=True)):
+    labelled = stretch(stream, "is_labelled")
+    for run, (known, y) in enumerate(zip(labelled.numpy(), column(stream.inner, "y"), strict=True)):
         assert np.bincount(y[known], minlength=10).tolist() == [7] * 10
         assert not first or all(known[np.flatnonzero(y == c)[0]] for c in range(10)), run
-    assert not torch.equal(stream.labelled[0], stream.labelled[1])
+    assert not torch.equal(labelled[0], labelled[1])
 
 
 def test_the_first_sample_of_every_class_is_labelled_if_asked_for_and_no_other() -> None:
     stream = few((0, 1), fraction=0.0, guarantee_first_label=True)
-    assert stream.labelled.sum(1).tolist() == [10, 10]
-    for known, y in zip(stream.labelled.numpy(), column(stream.inner, "y"), strict=True):
+    labelled = stretch(stream, "is_labelled")
+    assert labelled.sum(1).tolist() == [10, 10]
+    for known, y in zip(labelled.numpy(), column(stream.inner, "y"), strict=True):
         assert all(known[np.flatnonzero(y == c)[0]] for c in range(10))
 
 
@@ -692,6 +694,24 @@ def test_a_run_has_the_same_labels_alone_and_stacked() -> None:
     for step in (0, 9, 3):
         for key, value in alone.batch(step).items():
             assert torch.equal(value[0], stacked.batch(step)[key][1])
+
+
+@pytest.mark.parametrize("settings", ["passes=2", "draws=400"])
+def test_a_pool_tells_what_is_labelled_and_shows_any_sample_as_the_stream_does(settings: str) -> None:
+    stream = few((3, 4), inner=("tasks=1", "samples_per_task=95", settings), fraction=0.2)
+    pool = stream.pool
+    for step in range(0, len(stream), 3):
+        batch = stream.batch(step)
+        taken = pool.take(batch["index"])
+        assert taken.keys() == batch.keys() == stream.fields.keys()
+        assert all(torch.equal(taken[key], value) for key, value in batch.items())
+    number, known = stretch(stream, "index"), stretch(stream, "is_labelled")
+    for run in range(2):
+        told = pool.labelled[run][pool.labelled[run] >= 0].tolist()
+        assert sorted(told) == sorted(set(number[run][known[run]].tolist()))
+        assert pool.present[run].nonzero()[:, 0].tolist() == sorted(set(number[run].tolist()))
+    assert len(set((pool.labelled >= 0).sum(1).tolist())) == 2  # runs differ, so that the shorter list is padded
+    assert few(inner=("tasks=1",)).pool is None
 
 
 def test_hidden_labels_are_measured_by() -> None:
@@ -721,6 +741,8 @@ def test_few_labels_are_asked_for_by_name_and_mistakes_are_explained() -> None:
         few(inner=("task=2",))
     with pytest.raises(BadConfig, match="that has them"):
         few(of="few_labels-split-digits")
+    with pytest.raises(BadConfig, match="have no order"):
+        few(inner=("draws=9",), guarantee_first_label=True)
     settings = {"stream": {"name": "few_labels"}, "strategy": {"name": "er"}, "encoder": {"name": "mlp"}}
     with pytest.raises(BadConfig, match="needs every label"):
         session.build_stream(from_dict(settings), (0,))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from PIL import Image
 
 from cl_sim import corrupt, timeline
 from cl_sim.config import build
+from cl_sim.engine import Plan
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import class_orders
+from cl_sim.indexed import class_orders, host_rng
 from cl_sim.noise import noisy_labels
 from cl_sim.rng import Rng
 from cl_sim.stream import Stream
@@ -299,6 +302,7 @@ BAD: list[tuple[type, type, dict[str, Any], str]] = [
     (Split, SplitConfig, {"tasks": 3}, "1, 2, 5, 10"),
     (Split, SplitConfig, {"order": "0,1,1"}, "every class 0 to 9 once"),
     (Split, SplitConfig, {"batch": 100_000}, "use a smaller batch"),
+    (Split, SplitConfig, {"passes": 2, "draws": 9}, "leave one of them out"),
     (Split, SplitConfig, {"noise": 1.5}, "between 0 and 1"),
     (Split, SplitConfig, {"noise_kind": "pink"}, "symmetric, asymmetric"),
     (Blurry, BlurryConfig, {"disjoint": 120}, "between 0 and 100"),
@@ -330,6 +334,33 @@ def test_the_timeline_counts_every_sample_and_draws_a_line_per_class() -> None:
     assert drawn[-1].count("╵") == 5
 
 
+def in_order(stream: Any, sizes: list[int], seed: int, iid: bool) -> list[int]:
+    """Rows of a class-incremental stream as they were made when every order was held whole."""
+    y, rng, parts = np.asarray(stream.data.train.y), host_rng(seed, "stream order"), []
+    order = class_orders(stream.classes, "shuffled", [seed])[0].reshape(len(sizes), -1)
+    for size, members in zip(sizes, order, strict=True):
+        parts.append(rng.permutation(np.concatenate([np.flatnonzero(y == c) for c in members]))[:size])
+    one = np.concatenate(parts)
+    return (rng.permutation(one) if iid else one).tolist()
+
+
+@pytest.mark.parametrize("iid", [False, True])
+@pytest.mark.parametrize(
+    ("make", "settings", "sizes"),
+    [
+        (Split, SplitConfig(), [280] * 5),
+        (Split, SplitConfig(tasks=2, batch=7, samples_per_task=100), [98] * 2),
+        (Synthetic, SyntheticConfig(), [200] * 5),
+    ],
+)
+def test_a_stream_in_one_pass_has_the_order_that_it_always_had(
+    make: Any, settings: Any, sizes: list[int], iid: bool
+) -> None:
+    stream = make(settings, (3, 4), CPU, iid=iid)
+    for run, seed in enumerate((3, 4)):
+        assert whole(stream, "index")[run].tolist() == in_order(stream, sizes, seed, iid)
+
+
 @pytest.mark.parametrize("iid", [False, True])
 def test_passes_show_each_task_so_many_times_in_new_orders_and_begin_with_the_single_pass(iid: bool) -> None:
     once, thrice = (Split(SplitConfig(tasks=5, passes=passes), (3, 4), CPU, iid=iid) for passes in (1, 3))
@@ -338,14 +369,69 @@ def test_passes_show_each_task_so_many_times_in_new_orders_and_begin_with_the_si
     starts = [0, *(end + 1 for end in once.schedule.ends)] if not iid else [0, len(once)]
     if not iid:
         assert thrice.schedule.ends == tuple(3 * end + 2 for end in once.schedule.ends)
+    assert torch.equal(whole(thrice, "y"), torch.as_tensor(thrice.data.train.y)[whole(thrice, "index")])
     for run in range(2):
         for first, last in itertools.pairwise(10 * start for start in starts):
-            own = once.schedule.rows[run, first:last]
-            parts = np.split(thrice.schedule.rows[run, 3 * first : 3 * last], 3)
+            own = whole(once, "index")[run, first:last].numpy()
+            parts = np.split(whole(thrice, "index")[run, 3 * first : 3 * last].numpy(), 3)
             assert np.array_equal(parts[0], own)
             assert all(np.array_equal(np.sort(part), np.sort(own)) for part in parts)
             assert not np.array_equal(parts[1], own)
             assert not np.array_equal(parts[1], parts[2])
+
+
+@pytest.mark.parametrize("settings", [{"passes": 3}, {"draws": 50}])
+def test_what_comes_again_depends_on_seed_and_step_alone(settings: dict[str, int]) -> None:
+    alone, stacked = (Split(SplitConfig(tasks=2, **settings), seeds, CPU) for seeds in ((4,), (3, 4)))
+    inorder = [alone.batch(step)["index"][0] for step in range(len(alone))]
+    for step in (len(alone) - 1, 0, 60, 99, 61):
+        assert torch.equal(stacked.batch(step)["index"][1], inorder[step])
+        assert torch.equal(alone.truth(step), alone.batch(step)["y"])
+
+
+@pytest.mark.parametrize("iid", [False, True])
+def test_draws_are_uniform_with_replacement_over_the_whole_of_a_task(iid: bool) -> None:
+    """The chi square of n counts has mean n - 1 and variance 2 (n - 1); 4.5 deviations, false alarm in 1 of 10^5."""
+    stream = Split(SplitConfig(tasks=2, batch=100, draws=200), (0,), CPU, iid=iid)
+    assert (len(stream), stream.samples, stream.schedule.ends) == (400, 40_000, (199, 399))
+    rows, y = whole(stream, "index")[0], np.asarray(stream.data.train.y)
+    halves = [stream.once("index")[0]] if iid else np.split(stream.once("index")[0], 2)
+    assert sum(len(own) for own in halves) > 1400  # more than whole batches of 100
+    for own, drawn in zip(halves, torch.split(rows, 40_000 // len(halves)), strict=True):
+        count = np.bincount(drawn.numpy(), minlength=len(y))
+        assert count.sum() == count[own].sum()
+        expected = len(drawn) / len(own)
+        square = float(((count[own] - expected) ** 2).sum() / expected)
+        assert abs(square - (len(own) - 1)) < 4.5 * math.sqrt(2 * (len(own) - 1))
+    twins = sum(100 - len(set(batch.tolist())) for batch in torch.split(rows, 100))
+    assert twins > 400  # a batch of 100 from 720 has 6.7 on average; without replacement it has none
+
+
+@pytest.mark.parametrize("settings", ["passes=300000", "draws=1048576"])
+def test_a_million_steps_take_no_more_memory_than_one_pass(settings: str) -> None:
+    """On the host; in whole, the order alone would be 3.7 GB. A step at the end costs what one at the start costs."""
+    tracemalloc.start()
+    config = FewLabelsConfig(of="split-digits", settings=("tasks=1", "batch=448", settings), per_class=4)
+    stream = FewLabels(config, (0,), CPU)
+    plan = Plan.of(stream, per_task=1000, prequential=10, flush_every=1000, save_every=1000)
+    counts = timeline.of(stream).counts
+    first, last = stream.batch(0), stream.batch(len(stream) - 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(stream) >= 900_000
+    assert peak < 100e6
+    assert plan.evaluates(len(stream) - 1)
+    assert counts.sum() == pytest.approx(stream.samples, rel=0.01)
+    assert counts.std(0).max() < 0.2 * counts.mean()
+    assert not torch.equal(first["index"], last["index"])
+    assert torch.equal(stream.truth(len(stream) - 1)[last["is_labelled"]], last["y"][last["is_labelled"]])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_labels_are_known_without_the_samples(name: str) -> None:
+    stream = MAKERS[name]((3, 4))
+    for step in (0, 7, len(stream) - 1):
+        assert torch.equal(stream.truth(step), stream.batch(step)["y"])
 
 
 def test_a_sample_is_labelled_in_every_pass_or_in_none() -> None:
