@@ -24,7 +24,7 @@ from cl_sim.types import Batch, Field
 TRIES = 10  # boxes drawn before the centre is taken
 BOX_WORDS = 2 * TRIES + 2  # random words per image that a box takes
 JITTER_WORDS = 5 + 4  # and a colour jitter
-MOVES = ("shift", "crop")  # without a number, they follow the size of the image
+MOVES = ("shift", "shift_mirrored", "crop")  # without a number, they follow the size of the image
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -43,20 +43,36 @@ def draw_shift(rng: Rng, batch: int, pixels: int) -> Tensor:
     return rng.below(2 * pixels + 1, batch, 2)
 
 
-def apply_shift(x: Tensor, corner: Tensor, pixels: int) -> Tensor:
-    """Pad each image with zeros and cut it out again at its corner.    Shapes: x [R, B, C, H, W], corner [R, B, 2] -> x."""
+def apply_shift(x: Tensor, corner: Tensor, pixels: int, mirrored: bool = False) -> Tensor:
+    """Pad each image with zeros, or with its mirror image, and cut it out again at its corner.
+
+    Shapes: x [R, B, C, H, W], corner [R, B, 2] -> x.
+    """
     runs, batch, _, height, width = x.shape
     rows = corner[..., :1] + torch.arange(height, device=x.device)  # [R, B, H]
     columns = corner[..., 1:] + torch.arange(width, device=x.device)  # [R, B, W]
     run = torch.arange(runs, device=x.device)[:, None, None, None]
     item = torch.arange(batch, device=x.device)[:, None, None]
-    padded = F.pad(x, (pixels,) * 4)
+    padded = pad_mirrored(x, pixels) if mirrored else F.pad(x, (pixels,) * 4)
     return padded[run, item, :, rows[..., None], columns[..., None, :]].movedim(-1, 2)
 
 
 def shift(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
     """Move each image by its own whole number of pixels; zeros come in.    Shapes: [R, B, C, H, W] -> same."""
     return apply_shift(x, draw_shift(rng, x.shape[1], pixels), pixels)
+
+
+def pad_mirrored(x: Tensor, pixels: int) -> Tensor:
+    """Pad with the mirror image, the edge itself not repeated.    Shapes: [..., H, W] -> [..., H + 2 pixels, W + 2 pixels]."""
+    height, width = x.shape[-2:]
+    rows, columns = (torch.arange(-pixels, size + pixels, device=x.device) for size in (height, width))
+    rows, columns = (last - (last - at.abs()).abs() for at, last in ((rows, height - 1), (columns, width - 1)))
+    return x[..., rows[:, None], columns]
+
+
+def shift_mirrored(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
+    """Move each image by its own whole number of pixels; its mirror image comes in.    Shapes: [R, B, C, H, W] -> same."""
+    return apply_shift(x, draw_shift(rng, x.shape[1], pixels), pixels, mirrored=True)
 
 
 def crop(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
@@ -362,6 +378,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "shift": shift,
+    "shift_mirrored": shift_mirrored,
     "crop": crop,
     "flip": flip,
     "vflip": vflip,
@@ -378,6 +395,7 @@ COLOURS = ("jitter", "grey", "replay", "strong")  # these need one or three chan
 
 NUMBERS = {  # what the number behind a name means
     "shift": "pixels",
+    "shift_mirrored": "pixels",
     "crop": "pixels",
     "erase": "pixels",
     "flip": "probability",
@@ -392,8 +410,8 @@ NUMBERS = {  # what the number behind a name means
 def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Callable[[Batch], Batch]:
     """The augmentations of these names, one after the other, as a function from batch to batch; none: the batch itself.
 
-    A name may carry a number: pixels (`shift:2`, `crop:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `blur:0.1`), or
-    the smallest area as a share of the image (`resized_crop:0.3`). Without one, `shift` and `crop` move by up to an eighth of
+    A name may carry a number: pixels (`shift:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `blur:0.1`), or
+    the smallest area as a share of the image (`resized_crop:0.3`). Without one, the shifts move by up to an eighth of
     the shorter side: 4 pixels of 32, 1 of 8.
 
     Raises: UnknownName; BadConfig for a number that is not allowed, or for samples that cannot be augmented so.
@@ -434,7 +452,7 @@ def _settings(name: str, text: str, side: int) -> dict[str, Any]:
     if name not in NUMBERS:
         raise BadConfig(f"augment has '{name}:{text}', but '{name}' takes no number; type just {name}")
     pixels = NUMBERS[name] == "pixels"
-    most = side if pixels else 1
+    most = (side - 1 if name == "shift_mirrored" else side) if pixels else 1
     try:
         value = float(text)
     except ValueError:

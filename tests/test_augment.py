@@ -39,6 +39,20 @@ def test_shift_equals_cropping_each_padded_image() -> None:
             assert torch.equal(shifted[run, item], padded[:, top : top + 6, left : left + 5])
 
 
+@pytest.mark.parametrize("pixels", [0, 2, 4])
+def test_a_mirrored_shift_equals_cropping_each_image_padded_by_reflection(pixels: int) -> None:
+    x = pictures(2, 7)
+    shifted = augment.shift_mirrored(x, Rng([0, 1], "t"), pixels)
+    corner = Rng([0, 1], "t").below(2 * pixels + 1, 7, 2)
+    for run in range(2):
+        for item in range(7):
+            padded = np.pad(x[run, item].numpy(), ((0, 0), (pixels,) * 2, (pixels,) * 2), mode="reflect")
+            top, left = corner[run, item].tolist()
+            assert np.array_equal(shifted[run, item].numpy(), padded[:, top : top + 6, left : left + 5])
+    with pytest.raises(BadConfig, match="from 0 to 4"):  # a reflection is one pixel shorter than the image
+        augment.pipeline(["shift_mirrored:5"], Rng([0], "t"), FIELDS)
+
+
 def test_flip_mirrors_the_drawn_images_and_half_of_all() -> None:
     x = pictures(4, 1000)
     flipped = augment.flip(x, Rng(range(4), "t"))
@@ -101,6 +115,7 @@ def test_erase_blackens_one_square_and_nothing_else() -> None:
     "names",
     [
         ("shift", "flip"),
+        ("shift_mirrored",),
         ("erase:3", "flip:0.2"),
         ("resized_crop", "jitter", "grey"),
         ("vflip", "blur"),
