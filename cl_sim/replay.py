@@ -120,13 +120,17 @@ class Tricks(nn.Module):
     def judge(self, view: Batch, logits: Tensor) -> None:
         """With `saa`: note the loss of each recalled sample, the cross-entropy of the answers.    Shapes: logits [R, B, C]."""
         if self.adaptive is not None:
-            right = logits.argmax(-1) == view["y"]
-            self.adaptive.note(view, cross_entropy(logits, view["y"], reduction="none"), self.seen, right)
+            self.judge_by(view, cross_entropy(logits, view["y"], reduction="none"), logits.argmax(-1) == view["y"])
 
-    def judge_by(self, view: Batch, loss: Tensor) -> None:
-        """The same for a method without class scores, by its own loss of each sample.    Shapes: loss [R, B]."""
-        if self.adaptive is not None:
+    @torch.no_grad()
+    def judge_by(self, view: Batch, loss: Tensor, right: Tensor, asked: Tensor | None = None) -> None:
+        """The same for a method without class scores, by its own loss of each sample, and by which are right of those asked.
+
+        Shapes: loss [R, B]; right, asked [R, B] bool.
+        """
+        if self.adaptive is not None and "hard" in view:  # else nothing was in the memory
             self.adaptive.note(view, loss, self.seen)
+            self.adaptive.answered(right, ~view["hard"] if asked is None else asked & ~view["hard"])
 
     def tick(self) -> Logs:
         """A step has been made: with `saa`, select if it is time, and say how it stands.    Shapes: -> each [R]."""
@@ -144,8 +148,14 @@ class Tricks(nn.Module):
         known = self.seen | ~self.seen.any(1, keepdim=True)
         return scores.masked_fill(~known[:, None], -torch.inf)
 
+    def boundary(self) -> None:
+        """A task has ended."""
+        if self.adaptive is not None:
+            self.adaptive.boundary()
+
     def review(self, memory: Rows) -> Iterator[Batch]:
-        """At a boundary: the whole memory in random order, if a review is due."""
+        """A task has ended: the whole memory in random order, if a review is due."""
+        self.boundary()
         last = memory.offered >= self.samples
         if self.cfg.review == "each" or (self.cfg.review == "last" and last):
             yield from memory.epoch(self.cfg.replay)

@@ -33,7 +33,7 @@ Levels = Literal["replay", "replay-soft", "ssl"]
 LEVELS: dict[str, tuple[int, int]] = {"replay": (0, 2), "replay-soft": (0, 1), "ssl": (1, 2)}  # not naive, naive
 RETEST = 0.2  # probability that a naive slot gets the easy view, where only losses on easy views count
 WARM_UP = 3  # virtual epochs
-FEW = 20  # classes that still get a curve of their own
+FEW = 20  # classes, or experiences, that get a curve of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class SampleAdaptive(nn.Module):
 
     `batch` is the number of slots recalled per step, which decides how many steps a period has.
 
-    Shapes: step [] int64; threshold, flipped [R], of the last selection; right [R], share of the easy views recalled last that
+    Shapes: step [] int64; threshold, flipped [R], of the last selection; right [R], share of the easy views asked last that
     were answered right.    Raises: BadConfig for samples that are no images.
     """
 
@@ -161,22 +161,29 @@ class SampleAdaptive(nn.Module):
         return join_halves(first, strong(x, self.other), left)
 
     @torch.no_grad()
-    def note(self, view: Batch, loss: Tensor, seen: Tensor, right: Tensor | None = None) -> None:
+    def note(self, view: Batch, loss: Tensor, seen: Tensor) -> None:
         """Remember the losses of recalled samples, before their slots can change.
 
-        Shapes: view has slot and hard [R, B]; loss [R, B]; seen [R, C] bool: the classes that have come; right [R, B] bool.
+        Shapes: view has slot and hard [R, B]; loss [R, B]; seen [R, C] bool: the classes that have come.
         """
-        if "hard" not in view:  # nothing was in the memory
-            return
-        if right is not None:
-            self.answers, easy = True, ~view["hard"]
-            self.right.copy_(torch.where(easy.any(1), _share(right & easy, easy), self.right))
         slot = view["slot"]
         if self.cfg.normalise_by_log_classes:
             loss = loss / seen.sum(1, keepdim=True).clamp(min=2).to(loss.dtype).log()
         if self.cfg.history_from == "low":
             slot = slot.masked_fill(view["hard"], self.memory.capacity)  # nowhere
         self.table.visit(slot, loss.detach(), self.cfg.history_decay)
+
+    def answered(self, right: Tensor, asked: Tensor) -> None:
+        """Remember which of the samples asked on easy views were answered right; if none is, what was last.
+
+        Shapes: right, asked [R, B] bool.
+        """
+        self.answers = True
+        self.right.copy_(torch.where(asked.any(1), _share(right & asked, asked), self.right))
+
+    def boundary(self) -> None:
+        """An experience has ended."""
+        self.table.boundary()
 
     def tick(self) -> Logs:
         """A step has been made: select, if it is time.    Shapes: -> each [R]."""
@@ -222,20 +229,34 @@ class SampleAdaptive(nn.Module):
         }
         if self.answers:
             found["saa_recalled_acc"] = self.right.clone()
-        return found | self.shares(naive, filled)
+        return found | self.by_class(naive, filled) | self.by_experience(naive, filled)
 
-    def shares(self, naive: Tensor, filled: Tensor) -> Logs:
-        """Share of naive slots among those of each class, 0 without any; hidden labels count for none.    Shapes: -> each [R].
+    def by_class(self, naive: Tensor, filled: Tensor) -> Logs:
+        """Share of naive slots among those of each class; hidden labels count for none.    Shapes: [R, M] -> each [R].
 
-        Streams with more than 20 classes would have too many curves. Where tasks have classes of their own, the curves of
-        a task's classes are that task's.
+        Streams with more than 20 classes would have too many curves.
         """
         if self.env.classes > FEW:
             return {}
-        label = self.memory.row("y")[:, : self.memory.capacity, None]
-        member = (label == torch.arange(self.env.classes, device=label.device)) & filled[..., None]  # [R, M, C]
-        share = _share(naive[..., None] & member, member)  # [R, C]
+        share = _shares(naive, filled, self.memory.row("y")[:, : self.memory.capacity], self.env.classes)
         return {f"saa_naive_class_{c}": share[:, c] for c in range(self.env.classes)}
+
+    def by_experience(self, naive: Tensor, filled: Tensor) -> Logs:
+        """Share of naive slots among those that came in each experience, from the second on, the first 20 of them.
+
+        An experience is what lies between two announced boundaries.    Shapes: [R, M] -> each [R].
+        """
+        begun = min(self.table.begun, FEW)
+        if begun == 1:
+            return {}
+        share = _shares(naive, filled, self.table.since[:, : self.table.capacity], begun)
+        return {f"saa_naive_task_{e + 1}": share[:, e] for e in range(begun)}
+
+
+def _shares(naive: Tensor, filled: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Share of naive slots in each group, 0 where it has none.    Shapes: [R, M] each -> [R, G]."""
+    member = (group[..., None] == torch.arange(groups, device=group.device)) & filled[..., None]  # [R, M, G]
+    return _share(naive[..., None] & member, member)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

@@ -153,6 +153,7 @@ class OCM(Strategy):
 
     def boundary(self) -> None:
         """The net becomes the previous one, which knows all classes seen."""
+        self.tricks.boundary()
         self.previous.update(self.net)
         self.taught.copy_(self.tricks.seen)
 

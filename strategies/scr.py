@@ -6,7 +6,7 @@ Symbols: B_n -> new, B_M -> old, M -> memory, B_I -> both and its augmented view
 Departures: paper and code differ in the temperature, 0.1 in the paper's settings and 0.07 in the code's own, which is the
 default here; the review that the paper's settings add is off by default (`review=each`); a class without a sample in the
 memory is never answered, where the code answers a random direction; the reservoir is the textbook's (`rule=frozen`: the code's);
-with `saa`, a sample's loss is its own contrast (ours).
+with `saa`, a sample's loss is its own contrast, and its answer the nearest class mean of the step's other raw images (ours).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from cl_sim.config import at_least
+from cl_sim.encoders.classifier import unit
 from cl_sim.encoders.projector import Projector
 from cl_sim.errors import BadConfig
 from cl_sim.losses import supcon, supcon_each
@@ -78,8 +79,10 @@ class SCR(Strategy):
                 z, y = self.two_views(join(old, new), join(harder, new))
                 loss = contrast(z, y, tau=self.cfg.tau)
                 if self.tricks.adaptive is not None:
+                    recalled = old["y"].shape[1]
                     each = contrast_each(z.detach(), y, tau=self.cfg.tau).chunk(2, 1)[1]  # of the augmented images
-                    self.tricks.judge_by(harder, each[:, : old["y"].shape[1]])
+                    right, asked = per_run(nearest_mean)(z.detach(), y, classes=self.env.classes)
+                    self.tricks.judge_by(harder, *(part[:, :recalled] for part in (each, right, asked)))
                 self.descend(loss, self.sgd)
         self.memory.add(new)  # M <- update(M, B_n)
         self.tricks.note(new)
@@ -102,6 +105,21 @@ class SCR(Strategy):
     def predict(self, batch: Batch) -> Tensor:
         """Cosines to the class means of the encoder's features.    Shapes: -> [R, B, C]."""
         return self.tricks.scores(self.net, self.memory, batch["x"])
+
+
+def nearest_mean(z: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Which augmented images lie nearest to the mean of their class, by the cosine to the raw images but their own.
+
+    Only those can be asked whose class has another raw image.
+
+    Shapes: z [2N, D], raw images and then their augmented views, y [2N] -> right, asked [N] bool.
+    """
+    (raw, view), y = z.chunk(2), y[: len(z) // 2]
+    member = y[:, None] == torch.arange(classes, device=y.device)  # [N, C]
+    whole, others = member.to(z.dtype).T @ raw, member.sum(0) - member.long()  # [C, D], [N, C]
+    own = (unit(whole[y] - raw) * view).sum(1, keepdim=True)
+    cosine = torch.where(member, own, view @ unit(whole).T).masked_fill(others == 0, -torch.inf)
+    return cosine.argmax(1) == y, others.gather(1, y[:, None])[:, 0] > 0
 
 
 def projector(env: Env, width: int) -> Projector:

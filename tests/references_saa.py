@@ -50,6 +50,31 @@ def flags(before: Sequence[bool], values: Vector, threshold: float) -> list[bool
     return after
 
 
+def pool_step(
+    h: Vector, e: Sequence[bool], step: int, index: Sequence[int], loss: Vector, *, decay: float, epoch: int, first: int
+) -> tuple[list[float], list[bool]]:
+    """History and flags of a whole pool after one step (from 0); `first` is the first epoch (from 0) that ends in a selection."""
+    after, marks = history(h, index, loss, decay), list(e)
+    if (step + 1) % epoch == 0 and (step + 1) // epoch - 1 >= first:
+        marks = flags(marks, after, otsu(after))
+    return after, marks
+
+
+def nearest_mean(raw: Matrix, view: Matrix, y: Sequence[int], classes: int) -> list[bool | None]:
+    """Is the mean of its class, without the image itself, the nearest by the cosine? None: its class has no other image."""
+    answers: list[bool | None] = []
+    for i, seen in enumerate(view):
+        cosines = []
+        for c in range(classes):
+            others = [row for j, row in enumerate(raw) if j != i and y[j] == c]
+            mean = [math.fsum(column) / len(others) for column in zip(*others, strict=True)]
+            length = math.sqrt(math.fsum(value * value for value in mean))
+            dot = math.fsum(a * b for a, b in zip(mean, seen, strict=False))
+            cosines.append(dot / length if others else -math.inf)
+        answers.append(None if cosines[y[i]] == -math.inf else cosines.index(max(cosines)) == y[i])
+    return answers
+
+
 def status(selected: Sequence[int], classes: int, before: Vector, warm_up: bool) -> list[float]:
     rows = [s for s in selected if s >= -1]
     if len(set(rows)) < 2:

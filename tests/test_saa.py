@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from cl_sim.testing import (
 from cl_sim.tracking import views
 from cl_sim.types import Field
 from cl_sim.wrapped import by_name, column
+from strategies.scr import nearest_mean
 from streams.few_labels import FewLabels, FewLabelsConfig
 
 F64 = torch.float64
@@ -309,7 +311,7 @@ def kept(capacity: int, runs: int = 1, make: type[Rows] = Queue) -> tuple[Rows, 
 
 
 def lines(table: Table) -> dict[str, list[list[float]]]:
-    return {name: column[:, : table.capacity].tolist() for name, column in table.named_buffers()}
+    return {name: column[:, : table.capacity].tolist() for name, column in table.named_buffers() if column.dim()}
 
 
 def test_the_first_visit_sets_the_history_and_later_ones_move_it() -> None:
@@ -386,13 +388,14 @@ def test_writing_one_field_of_a_row_leaves_its_line_and_a_whole_row_resets_it() 
         "visits": [[0, 1, 1]],
         "naive": [[0, 1, 1]],
         "selected": [[-1, 1, 2]],
+        "since": [[0, 0, 0]],
     }
 
 
 def test_a_table_stays_in_its_memorys_checkpoint_and_in_its_price() -> None:
     memory, table = kept(4, runs=2)
     bare = Queue(4, FIELDS, Rng(range(2), "test"))
-    assert memory.bytes_per_row == bare.bytes_per_row + 4 + 4 + 1 + 8
+    assert memory.bytes_per_row == bare.bytes_per_row + 4 + 4 + 1 + 8 + 2
     memory.add(rows_of(0, 1, 2, runs=2))
     table.visit(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0.5)
     table.mark(torch.tensor([[True, False, True, False]] * 2))
@@ -917,13 +920,24 @@ def test_logs_tell_the_share_of_naive_slots_and_of_those_that_changed() -> None:
 
 
 def test_recalled_answers_are_counted_on_easy_views_alone_and_kept_where_there_are_none() -> None:
-    adaptive = replaying(seeds_=(0, 1)).strategy.tricks.adaptive
+    tricks = replaying(seeds_=(0, 1)).strategy.tricks
+    adaptive = tricks.adaptive
     hard = torch.tensor([[False, False, True, True], [True, True, True, True]])
     right = torch.tensor([[True, False, False, False], [True, True, True, True]])
     adaptive.right.copy_(torch.tensor([0.9, 0.7]))
-    view, seen = {"slot": torch.arange(4).repeat(2, 1), "hard": hard}, torch.ones(2, 4, dtype=torch.bool)
-    adaptive.note(view, torch.ones(2, 4), seen, right)
+    view = {"slot": torch.arange(4).repeat(2, 1), "hard": hard}
+    tricks.judge_by(view, torch.ones(2, 4), right)
     assert adaptive.right.tolist() == [pytest.approx(0.5), pytest.approx(0.7)]
+
+
+@given(n=integers(1, 9), classes=integers(1, 4), seed=seeds)
+def test_scr_is_asked_by_the_mean_of_each_class_without_the_image_itself(n: int, classes: int, seed: int) -> None:
+    z = torch.nn.functional.normalize(normal(2 * n, 5, seed=seed), dim=1)
+    y = whole(classes, n, seed=seed + 1)
+    expected = slow.nearest_mean(z[:n].tolist(), z[n:].tolist(), y.tolist(), classes)
+    right, asked = nearest_mean(z, y.repeat(2), classes)
+    assert asked.tolist() == [answer is not None for answer in expected]
+    assert [bool(r) for r, a in zip(right, asked, strict=True) if a] == [a for a in expected if a is not None]
 
 
 PLUGGED = ("er", "er_ace", "saa", "mir", "gss", "aser", "derpp", "dvc", "ocm", "pcr", "hpcr", "scr")
@@ -959,6 +973,37 @@ def test_any_replay_strategy_takes_the_plugin_and_is_itself_as_long_as_no_flag_i
 @pytest.mark.parametrize("name", [name for name in PLUGGED if name not in ("saa", "er_ace")])
 def test_a_strategy_with_the_plugin_keeps_its_promises(name: str, check: Callable[[Any], None]) -> None:
     check(lambda seeds_: plugged(name, tuple(seeds_)))
+
+
+@pytest.mark.parametrize("name", PLUGGED)
+def test_from_the_second_experience_on_the_naive_share_of_each_is_told_and_so_it_is_after_a_resume(name: str) -> None:
+    """By a dictionary from sample to the experience in which it came."""
+    quick = {"warmup_steps": 4, "selection_period": 2, "min_visits": 1}
+    make = partial(plugged, name, **quick)
+    made, first, experience, shares = make(), {}, 0, []
+    for step in range(len(made.stream)):
+        batch, memory = made.stream.batch(step), made.strategy.memory
+        for number in batch["index"][0].tolist():
+            first.setdefault(number, experience)
+        if step == 30:
+            again = make()
+            again.strategy.load_state_dict(copy.deepcopy(made.strategy.state_dict()))
+            made = again
+        logs, memory = made.strategy.observe(batch), made.strategy.memory
+        came = [first[number] for number in memory.row("index")[0, : len(memory)].tolist()]
+        naive = memory.table.naive[0, : len(memory)].tolist()
+        told = {key: value.item() for key, value in logs.items() if key.startswith("saa_naive_task_")}
+        assert len(told) == (experience + 1 if experience else 0)
+        for e in range(len(told)):
+            own = [flag for flag, one in zip(naive, came, strict=True) if one == e]
+            shares.append(sum(own) / max(1, len(own)))
+            assert told[f"saa_naive_task_{e + 1}"] == pytest.approx(shares[-1])
+        if made.stream.ends_task(step):
+            made.strategy.boundary()
+            experience += 1
+    assert experience == 2
+    assert len(set(shares)) > 2
+    assert 0 <= logs["saa_recalled_acc"].item() <= 1
 
 
 def test_strategies_that_do_not_learn_recalled_samples_by_views_refuse_the_plugin() -> None:
