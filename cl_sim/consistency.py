@@ -3,8 +3,12 @@
 A step learns from labelled samples (those of the new batch and some from the memory) and from unlabelled ones (the whole new
 batch and some of any kind from the memory). A stream without hidden labels is one in which all are labelled.
 
-Source: Sohn et al. 2020, "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", as released; its
-form for a stream is ours.
+With `pool` it is the sources' own setting: a fixed set of samples that comes again and again, whose labels, as far as they are
+known, are there from the start. There is no memory then; what is known of a sample is kept by its number.
+
+Source: Sohn et al. 2020, "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence"; Gui et al. 2023,
+"Enhancing Sample Utilization through Sample Adaptive Augmentation in Semi-Supervised Learning"; both as released. The form for a
+stream is ours.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from cl_sim.config import at_least, within
+from cl_sim.encoders.classifier import Classifier
 from cl_sim.errors import BadConfig
+from cl_sim.memory.numbered import Numbered
 from cl_sim.memory.reservoir import Reservoir
 from cl_sim.optim import follow_cosine
 from cl_sim.randaugment import strong
@@ -28,13 +34,16 @@ from cl_sim.sample_adaptive import AdaptiveConfig, SampleAdaptive
 from cl_sim.strategy import Env
 from cl_sim.types import Batch, Field, Logs
 
+EPOCH, FIRST = 256, 402  # steps between selections in a pool, and epochs before the first
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
     """Settings of a semi-supervised method with strong and weak views and a memory."""
 
+    pool: bool = False  # the stream shows a fixed set of samples again and again: no memory, a line for each of them
     capacity: int = 1000  # samples kept per run, labelled or not
-    labelled: int = 32  # labelled samples recalled per step
+    labelled: int = 32  # labelled samples recalled per step; pool: drawn with replacement
     unlabelled: int = 64  # samples of any kind recalled per step, their labels unused
     lr: float = 0.03  # learning rate of SGD with Nesterov momentum
     schedule: Literal["constant", "cosine"] = "constant"  # of the rate; cosine: the source's, over the whole stream
@@ -47,8 +56,8 @@ class ConsistencyConfig:
     saa: bool = False  # sample-adaptive augmentation: naive samples get two strong views joined
     saa_arm: Literal["method", "all", "random", "inverse"] = "method"  # or who is flagged instead, as a control
     history_decay: float = 0.001  # saa: weight of the old value in a sample's loss history
-    selection_period: int = 0  # saa: steps between selections; 0: as many as recall every slot once on average
-    warmup_steps: int = 0  # saa: before the first selection; 0: three periods
+    selection_period: int = 0  # saa: steps between selections; 0: one expected recall of every slot, pool: 256
+    warmup_steps: int = 0  # saa: before the first selection; 0: three periods, pool: 402
     min_visits: int = 2  # saa: recalls of a slot before it takes part in a selection
 
     def __post_init__(self) -> None:
@@ -59,6 +68,9 @@ class ConsistencyConfig:
             raise BadConfig(
                 f"saa_arm='{self.saa_arm}' is a control of saa=true; add --set strategy.saa=true, or leave it out"
             )
+        for name in ("capacity", "unlabelled", "min_visits") if self.pool else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise BadConfig(f"{name} is {getattr(self, name)}, but has no effect with pool=true; leave it out")
 
 
 def labelled_loss(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
@@ -70,8 +82,19 @@ def labelled_loss(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 supervised = per_run(labelled_loss)
 
 
+def classifier(cfg: ConsistencyConfig, env: Env) -> Classifier:
+    """A fresh net; in a pool with the source's bias of 0."""
+    made = Classifier(env.encoder(), env.classes)
+    if cfg.pool:
+        nn.init.zeros_(made.head.bias)
+    return made
+
+
 class Pools(nn.Module):
-    """The memory, and the samples and views of a step.    Raises: BadConfig for samples that are no images."""
+    """The memory, and the samples and views of a step.
+
+    Raises: BadConfig for samples that are no images, and for `pool` where the stream has none.
+    """
 
     def __init__(self, cfg: ConsistencyConfig, env: Env) -> None:
         super().__init__()
@@ -79,16 +102,20 @@ class Pools(nn.Module):
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise BadConfig(f"strong views need images of 1 or 3 channels, but the samples have shape {list(shape)}")
         self.cfg, self.env = cfg, env
-        fields = {**env.fields, "is_labelled": Field((), torch.bool)}
-        self.memory = Reservoir(cfg.capacity, fields, env.rng)
+        self.memory: Reservoir | Numbered
+        if cfg.pool:
+            self.memory = fixed(env)
+        else:
+            self.memory = Reservoir(cfg.capacity, {**env.fields, "is_labelled": Field((), torch.bool)}, env.rng)
+        period = cfg.selection_period or (EPOCH if cfg.pool else 0)
         self.saa: SampleAdaptive | None = None
         if cfg.saa:
             adaptive = AdaptiveConfig(
                 saa="ssl" if cfg.saa_arm == "method" else cfg.saa_arm,
                 saa_levels="replay" if cfg.saa_arm == "method" else "ssl",
                 history_decay=cfg.history_decay,
-                selection_period=cfg.selection_period,
-                warmup_steps=cfg.warmup_steps,
+                selection_period=period,
+                warmup_steps=cfg.warmup_steps or (FIRST * period if cfg.pool else 0),
                 min_visits=cfg.min_visits,
             )
             self.saa = SampleAdaptive(adaptive, env, self.memory, cfg.unlabelled)
@@ -111,9 +138,13 @@ class Pools(nn.Module):
     def samples(self, new: Batch) -> tuple[Batch, Batch, Tensor]:
         """The labelled and the unlabelled samples of a step; where they do not suffice, rows that are not labelled pad.
 
+        In a pool, labelled samples of it and the new batch alone: B = 0 in the one, B_u = 0 in the other; its numbers are slots.
+
         Shapes: each field [R, B + B_l, ...]; [R, B + B_u, ...]; slot [R, B_u], where the last B_u of these rest.
         """
         memory = self.memory
+        if isinstance(memory, Numbered):
+            return memory.known(self.cfg.labelled), new, new["index"]
         allowed = memory.valid() & memory.row("is_labelled")[:, : memory.capacity]
         known = memory.take(self.env.rng.choose(min(self.cfg.labelled, len(memory)), allowed))
         old = memory.sample(self.cfg.unlabelled)
@@ -138,10 +169,33 @@ class Pools(nn.Module):
         if self.saa is not None:
             self.saa.table.visit(slot, each[:, each.shape[1] - slot.shape[1] :].detach(), self.cfg.history_decay)
 
+    def judge(self, new: Batch, known: Batch, z_known: Tensor) -> None:
+        """Remember which recalled labelled samples are answered right on their weak views.    Shapes: z_known [R, B + B_l, C]."""
+        if self.saa is not None:
+            first = 0 if self.cfg.pool else new["y"].shape[1]
+            right = z_known.detach().argmax(-1) == known["y"]
+            self.saa.answered(right[:, first:], known["is_labelled"][:, first:])
+
     def add(self, new: Batch) -> Logs:
         """Remember the new batch; select, if it is time.    Shapes: -> each [R]."""
         self.memory.add(new)
         return {} if self.saa is None else self.saa.tick()
+
+    def boundary(self) -> None:
+        """A task has ended."""
+        if self.saa is not None:
+            self.saa.boundary()
+
+
+def fixed(env: Env) -> Numbered:
+    """What is kept of the stream's pool.    Raises: BadConfig if it has none."""
+    if env.pool is None:
+        why = "shows every sample once" if "index" in env.fields else "does not number its samples (index)"
+        raise BadConfig(
+            f"strategy.pool is true, but this stream {why}, or hides no label; use few_labels of a split stream with "
+            "--set stream.settings=passes=10, or draws=1000"
+        )
+    return Numbered(env.pool, env.rng)
 
 
 def in_one_pass(net: Lift, *views: Tensor) -> tuple[Tensor, ...]:

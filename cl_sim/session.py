@@ -68,6 +68,7 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
             config.encoder.name, config.encoder.config, stream.fields, stream.classes, config.precision
         ),
         rebuild=getattr(stream, "rebuild", None),
+        pool=getattr(stream, "pool", None),
     )
     strategy: Strategy = cls(config.strategy.config, env)
     return strategy

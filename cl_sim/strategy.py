@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng, derive
 from cl_sim.runs import Lift
+from cl_sim.stream import Pool
 from cl_sim.types import Batch, Fields, Logs
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Env:
     augment: Callable[[Batch], Batch]
     encoder: Callable[[], Any]
     rebuild: Callable[[Tensor], Batch] | None = None  # samples by their numbers, if the stream can make them again
+    pool: Pool | None = None  # all there is, if the stream shows a fixed set of samples again and again
     lifted: int = field(default=0, init=False)
 
     @property

@@ -3,8 +3,9 @@
 Source: Zhang et al. 2021, "FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling"; with `saa=true`, Gui et
 al. 2023, "Enhancing Sample Utilization through Sample Adaptive Augmentation in Semi-Supervised Learning"; both as released.
 Symbols: x, y -> known; u -> both; sigma_t / beta_t -> status; T_t -> thresholds; tau -> confidence; e -> average.
-Departures: those of `fixmatch`; the classes that samples chose are counted over the memory (ours), where a new sample has chosen
-none yet, so a class that comes late starts at threshold 0, unless `min_threshold` is set.
+Departures: those of `fixmatch`; in a pool none is known but the net (the source's wide ResNet starts otherwise) and, without
+`augment=shift_mirrored`, the padding of crops; in a stream the classes that samples chose are counted over the memory (ours),
+where a new one has chosen none yet, so a class that comes late starts at threshold 0, unless `min_threshold` is set.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from cl_sim import losses
 from cl_sim.adaptive import class_status as class_status
 from cl_sim.adaptive import class_thresholds as class_thresholds
 from cl_sim.config import within
-from cl_sim.consistency import ConsistencyConfig, Pools, in_one_pass, supervised
-from cl_sim.encoders.classifier import Classifier
+from cl_sim.consistency import ConsistencyConfig, Pools, classifier, in_one_pass, supervised
 from cl_sim.optim import Average, without_decay_of_norms
 from cl_sim.runs import per_run
 from cl_sim.strategy import Env, Strategy
@@ -52,7 +52,7 @@ class FlexMatch(Strategy):
 
     def __init__(self, cfg: FlexMatchConfig, env: Env) -> None:
         super().__init__(cfg, env)
-        self.net = env.lift(lambda: Classifier(env.encoder(), env.classes))
+        self.net = env.lift(lambda: classifier(cfg, env))
         self.pools = Pools(cfg, env)
         self.memory = self.pools.memory
         self.table = self.memory.table or self.memory.keep_table()
@@ -79,6 +79,7 @@ class FlexMatch(Strategy):
         self.descend(loss, self.sgd)
         self.average.update(self.net)
         self.pools.note(slot, each)
+        self.pools.judge(new, known, z_known)
         sure = self.choose(slot, z_weak.detach())
         logs = {"loss": loss, "labelled": labelled, "unlabelled": unlabelled, "sure": sure, "threshold": needed.mean(1)}
         return {**{name: value.detach() for name, value in logs.items()}, **self.pools.add(new)}
@@ -99,6 +100,10 @@ class FlexMatch(Strategy):
         self.table.choose(slot, guess[:, recalled], sure[:, recalled])
         share: Tensor = sure.float().mean(1)
         return share
+
+    def boundary(self) -> None:
+        """A task has ended."""
+        self.pools.boundary()
 
     def predict(self, batch: Batch) -> Tensor:
         """Class scores of the averaged weights, or of the newest.    Shapes: -> [R, B, C]."""

@@ -69,7 +69,8 @@ class FewLabels(Wrapped):
         labels = column(self.inner, "y")
         self.numbered = "index" in self.fields
         ids = column(self.inner, "index") if self.numbered else np.tile(np.arange(self.samples), (len(seeds), 1))
-        shape = len(seeds), int(ids.max()) + 1
+        rows = len(self.inner.train.rows) if isinstance(self.inner, IndexedStream) else 0
+        shape = len(seeds), max(rows, int(ids.max()) + 1)
         chosen, known = np.zeros(shape, dtype=np.bool_), np.full(shape, HIDDEN)
         for run, seed in enumerate(seeds):
             chosen[run, ids[run]] = choose(ids[run], labels[run], cfg, seed)
@@ -77,7 +78,9 @@ class FewLabels(Wrapped):
         self.labelled, self.known = (torch.as_tensor(one, device=device) for one in (chosen, known))  # [R, rows]
         self.fields = {**self.fields, "is_labelled": Field((), torch.bool)}
         if self.numbered:
-            number = np.stack([host_rng(seed, "sample numbers").permutation(shape[1]) for seed in seeds])
+            number = np.tile(np.arange(shape[1]), (len(seeds), 1))
+            for run, seed in enumerate(seeds):
+                number[run, : ids[run].max() + 1] = host_rng(seed, "sample numbers").permutation(ids[run].max() + 1)
             self.number = torch.as_tensor(number, device=device)  # [R, rows]
             self.row = self.number.argsort(1)  # [R, numbers]
         self.pool = None if repeats is None else self.fixed_pool()

@@ -975,11 +975,11 @@ def test_a_strategy_with_the_plugin_keeps_its_promises(name: str, check: Callabl
     check(lambda seeds_: plugged(name, tuple(seeds_)))
 
 
-@pytest.mark.parametrize("name", PLUGGED)
+@pytest.mark.parametrize("name", [*PLUGGED, "fixmatch", "flexmatch"])
 def test_from_the_second_experience_on_the_naive_share_of_each_is_told_and_so_it_is_after_a_resume(name: str) -> None:
     """By a dictionary from sample to the experience in which it came."""
     quick = {"warmup_steps": 4, "selection_period": 2, "min_visits": 1}
-    make = partial(plugged, name, **quick)
+    make = partial(semi, name, saa=True, **quick) if name.endswith("match") else partial(plugged, name, **quick)
     made, first, experience, shares = make(), {}, 0, []
     for step in range(len(made.stream)):
         batch, memory = made.stream.batch(step), made.strategy.memory
@@ -1108,7 +1108,7 @@ def test_a_trace_equals_the_method_written_out(name: str) -> None:
     """Loss of every step and the flags' inputs, by a twin's draws: lists for logits, loops for losses."""
     made, twin = semi(name, momentum=0.0, saa=True), semi(name, momentum=0.0, saa=True)
     strategy, pools, table = twin.strategy, twin.strategy.pools, twin.strategy.memory.table
-    status = [0.0] * 4
+    status, answered = [0.0] * 4, 0.0
     for step in range(12):
         new = made.stream.batch(step)
         filled = len(strategy.memory)
@@ -1126,12 +1126,17 @@ def test_a_trace_equals_the_method_written_out(name: str) -> None:
         expected = slow.labelled(logits[:n], y) + unlabelled
         logs = made.strategy.observe(new)
         assert logs["loss"].item() == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}"
+        labelled = [i for i in range(10, n) if y[i] >= 0]  # recalled
+        if labelled:
+            answered = sum(logits[i].index(max(logits[i])) == y[i] for i in labelled) / len(labelled)
+        assert logs["saa_recalled_acc"].item() == pytest.approx(answered)
         before = (column[0].gather(0, slot[0]).tolist() for column in (table.history, table.visits))
         losses_ = [0.001 * h + 0.999 * c if v else c for h, v, c in zip(*before, each[10:], strict=True)]
         if filled < 30:  # no slot is filled anew in this step
             after = made.strategy.memory.table.history[0].gather(0, slot[0]).tolist()
             assert after == pytest.approx(losses_, rel=1e-3, abs=1e-4)
         strategy.load_state_dict(made.strategy.state_dict())
+    assert 0 < answered <= 1
 
 
 def test_recalled_labelled_rows_are_labelled_and_none_comes_twice() -> None:

@@ -47,7 +47,8 @@ def gallery(part: SampleAdaptive) -> dict[str, NDArray[np.uint8]]:
     flags, filled = part.table.naive[0, : part.memory.capacity], part.memory.valid()[0]
     rng = Rng(part.env.seeds[:1], "pictures of views", part.env.device)
     kinds = {"naive": flags & filled, "other": ~flags & filled}
-    return {name: _pictures(part.memory.row("x")[0, :-1][which][:SHOWN], rng) for name, which in kinds.items()}
+    slots = {name: which.nonzero()[:SHOWN, 0].expand(part.env.runs, -1) for name, which in kinds.items()}
+    return {name: _pictures(part.memory.take(slot)["x"][0], rng) for name, slot in slots.items()}
 
 
 def _pictures(x: Tensor, rng: Rng) -> NDArray[np.uint8]:
