@@ -15,7 +15,7 @@ import references_saa as slow
 import torch
 from torch import Tensor
 
-from cl_sim import checkpoint, preset, randaugment, session, store
+from cl_sim import checkpoint, preset, randaugment, report, session, store
 from cl_sim.adaptive import class_thresholds
 from cl_sim.augment import pipeline
 from cl_sim.config import from_dict, merge
@@ -238,6 +238,16 @@ def test_a_stream_without_numbers_or_without_a_label_is_refused() -> None:
     config = from_dict(plan)
     with pytest.raises(BadConfig, match="a run has no labelled sample"):
         session.build_strategy(config, session.build_stream(config, (0,)), (0,))
+
+
+def test_a_pool_is_no_memory_in_tables_and_costs_a_line_per_sample() -> None:
+    settings = {"strategy": {"capacity": 1000, "pool": True}}
+    assert [report.capacity({"config": merge(settings, more)}) for more in ({}, {"strategy": {"pool": False}})] == [
+        0,
+        1000,
+    ]
+    memory = pooled(saa=True).strategy.memory
+    assert (memory.bytes_per_row, len(memory)) == (8 + 19, 1438)
 
 
 def test_a_pool_has_a_gallery_of_its_samples(tmp_path: Path) -> None:

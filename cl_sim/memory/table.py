@@ -75,8 +75,8 @@ class Table(nn.Module):
 
         Shapes: slot [R, n] in 0..M, loss [R, n].
         """
-        known = self.visits >= 0 if self.from_zero else self.visits > 0
-        weight = torch.where(known, decay, 0.0)  # of the old value; nothing is known before the first visit
+        start = decay if self.from_zero else 0.0  # else nothing is known before the first visit
+        weight = torch.where(self.visits > 0, decay, start)  # of the old value
         self.history.copy_(history_after(self.history, slot, loss, weight))
         self.visits.scatter_add_(1, slot, torch.ones_like(slot, dtype=torch.int32))
 
