@@ -219,7 +219,7 @@ def heading(metric: str) -> str:
 def capacity(result: Result) -> int:
     """The size of the run's memory in samples; 0 for a strategy that has none, was told to have none, or has a fixed pool."""
     own, kept = result["config"].get("strategy", {}), result.get("metrics", {}).get("memory_bytes", [1])
-    return int(own.get("capacity", 0)) if any(kept) and not own.get("pool", False) else 0
+    return int(own.get("capacity", 0)) if any(kept or [1]) and not own.get("pool", False) else 0
 
 
 def entry(result: Result) -> str:
