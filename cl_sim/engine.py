@@ -267,7 +267,7 @@ def _evaluate(
     if "y" in rows:
         journal.write("memory", samples, counts=class_counts(rows, stream.classes))
     if memory is not None and "y" in rows and "cluster" in rows:
-        journal.write("clusters", samples, **cluster_health(rows, memory.groups, stream.classes))
+        journal.write("clusters", samples, **cluster_health(rows, memory.prototypes, stream.classes))
 
 
 def _watch(
@@ -291,13 +291,19 @@ def known_rows(stream: Stream, rows: Batch) -> Batch:
     return rows if found is None else {**rows, "y": found}
 
 
-def cluster_health(rows: Batch, groups: int, classes: int) -> dict[str, NDArray[Any]]:
-    """Sizes of a memory's clusters, how they agree with the classes, how tight they are.    Shapes: sizes [R, P], others [R]."""
+def cluster_health(rows: Batch, prototypes: Tensor, classes: int) -> dict[str, NDArray[Any]]:
+    """Sizes of a memory's clusters, how they agree with the classes, how tight they are.
+
+    Shapes: prototypes [R, P, D] -> sizes [R, P], others [R].
+    """
+    groups = prototypes.shape[1]
     labels = rows["y"].masked_fill(~rows["valid"], -1)
     counts = [clustering.table(c, y, groups, classes) for c, y in zip(rows["cluster"], labels, strict=True)]
     sizes = torch.stack([(rows["cluster"] == group).logical_and(rows["valid"]).sum(1) for group in range(groups)], 1)
     kept = rows["cluster"].masked_fill(~rows["valid"], -1)
+    columns = (rows["z"], kept, prototypes, labels, rows["valid"])
     each = {
+        "neighbour_precision": [clustering.neighbour_precision(*one) for one in zip(*columns, strict=True)],
         "davies_bouldin": [clustering.davies_bouldin(z, c, groups) for z, c in zip(rows["z"], kept, strict=True)],
         "cluster_purity": [clustering.purity(one) for one in counts],
         "cluster_nmi": [clustering.mutual_information(one) for one in counts],

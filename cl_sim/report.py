@@ -57,6 +57,8 @@ USUAL = (
     "shot1_opta_end",
     "shot5_opta_end",
     "cluster_purity_end",
+    "neighbour_precision_end",
+    "davies_bouldin_end",
     "memory_entropy_end",
     "samples_per_second",
     "memory_bytes",
@@ -82,14 +84,23 @@ TERMINAL = (
     "shot5_end",
     "samples_per_second",
 )  # fit into 80 columns
-PROBES = ("linear", "knn", "ncm", "shot1", "shot5", "cluster", "memory_entropy")
+PROBES = ("linear", "knn", "ncm", "shot1", "shot5", "cluster", "neighbour", "memory_entropy")
 RANKINGS = ("hr", "ndcg", "mrr")  # small numbers: shown with one more decimal
 SHARES = (  # metrics in [-1, 1], shown in percent
     *("acc", "forgetting", "bwt", "fwt", *RANKINGS),
     *("assa", "association", "class_acc", "deta", "hota", "idf1", "recovery", "reid", "video_ap"),
     *PROBES,
 )
-LOWER_IS_BETTER = ("forgetting", "idsw", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters")
+LOWER_IS_BETTER = (
+    "forgetting",
+    "davies",
+    "idsw",
+    "step_ms",
+    "memory_bytes",
+    "bytes_per_row",
+    "peak_bytes",
+    "parameters",
+)
 COSTS = (
     *("samples_per_second", "step_ms", "memory_bytes", "bytes_per_row", "peak_bytes", "parameters"),
     *("best_pass", "passes"),

@@ -74,7 +74,13 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
     return strategy
 
 
-CLUSTERS = ("cluster_purity", "cluster_nmi", "memory_entropy", "davies_bouldin")  # of a clustered memory, at the end
+CLUSTERS = (
+    "cluster_purity",
+    "cluster_nmi",
+    "memory_entropy",
+    "davies_bouldin",
+    "neighbour_precision",
+)  # of a clustered memory, at the end
 
 
 class StopSignal:

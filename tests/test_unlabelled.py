@@ -252,13 +252,22 @@ def test_the_health_of_clusters_is_measured_with_labels_that_only_the_stream_kno
     memory: Any = one.strategy.memory
     rows = engine.known_rows(one.stream, memory.rows())
     assert torch.equal(rows["y"], one.stream.labels_of(memory.rows()))  # type: ignore[attr-defined]
-    health = engine.cluster_health(rows, memory.groups, one.stream.classes)
+    health = engine.cluster_health(rows, memory.prototypes, one.stream.classes)
     assert health["sizes"].sum(1).tolist() == [80, 80]
     clusters, labels = (rows[name][1].tolist() for name in ("cluster", "y"))
     assert health["cluster_purity"][1] == pytest.approx(references.purity(clusters, labels))
     assert health["memory_entropy"][1] == pytest.approx(references.entropy(labels) / np.log(4))
     expected = davies_bouldin_score(rows["z"][1].double().numpy(), clusters)
     assert health["davies_bouldin"][1] == pytest.approx(expected, abs=1e-9)
+    z, prototypes, right, asked = rows["z"][1].tolist(), memory.prototypes[1].tolist(), 0, 0
+    for anchor, row in enumerate(z):
+        group = references.nearest(row, prototypes)
+        inside = [m for m in range(80) if clusters[m] == group and m != anchor]
+        searched = inside if len(inside) >= 5 else [m for m in range(80) if m != anchor]
+        best = sorted(searched, key=lambda m: -references.cosine(z[m], row))[:5]
+        right, asked = right + sum(labels[m] == labels[anchor] for m in best), asked + 5
+    assert health["neighbour_precision"][1] == pytest.approx(right / asked)
+    assert 0.3 < right / asked < 1
 
 
 def test_davies_bouldin_leaves_out_what_has_no_cluster() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cl_sim.memory.clusters import nearest_in_cluster
+
 
 def table(clusters: Tensor, labels: Tensor, groups: int, classes: int) -> Tensor:
     """Rows by cluster and class; numbers outside 0..P-1 and 0..C-1 are left out.    Shapes: [M], [M] -> [P, C] float64."""
@@ -37,6 +39,20 @@ def mutual_information(counts: Tensor) -> Tensor:
     ends = entropy(counts.sum(0)) + entropy(counts.sum(1))
     shared = (ends - entropy(counts.flatten())).clamp(min=0)
     return 2 * shared / ends.clamp(min=torch.finfo(counts.dtype).tiny)
+
+
+def neighbour_precision(
+    rows: Tensor, clusters: Tensor, prototypes: Tensor, labels: Tensor, there: Tensor, k: int = 5
+) -> Tensor:
+    """Share of the k neighbours of the rows in their clusters, each itself left out, that have its class; 0 without rows.
+
+    Shapes: rows [M, D], clusters, labels and there (bool: which rows there are) [M], prototypes [P, D] -> [] float64.
+    """
+    allowed = there & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    index, cosine = nearest_in_cluster(rows, rows, clusters, prototypes, min(k, len(rows)), allowed)
+    counted = (cosine > -torch.inf) & there[:, None]
+    share: Tensor = ((labels[index] == labels[:, None]) & counted).sum() / counted.sum().clamp(min=1).double()
+    return share
 
 
 def davies_bouldin(rows: Tensor, clusters: Tensor, groups: int) -> Tensor:
