@@ -22,8 +22,8 @@ from cl_sim.report import Estimate, Result, interval, shown
 
 METRICS = (
     *("acc_end", "acc_aaa", "forgetting_chaudhry"),  # of classes
-    *("hr10_prequential", "ndcg10_prequential"),  # of items; of clips; of embeddings; of episodes
-    *("assa_end", "idf1_end", "linear_end", "linear_aaa", "knn_end", "shot1_end", "shot5_end"),
+    *("hr10_prequential", "ndcg10_prequential", "hr10_test", "ndcg10_test"),  # of items
+    *("assa_end", "idf1_end", "linear_end", "linear_aaa", "knn_end", "shot1_end", "shot5_end"),  # clips, embeddings
 )
 WITHOUT_EFFECT = ("seeds", "data", "flush_every", "save_every")  # which runs, where files lie, when they are written
 

@@ -30,6 +30,8 @@ class Stream(Protocol):
     """Samples in order, each once unless passes are asked for. Everything depends on (seeds, step): there is no cursor to save.
 
     One that shows a fixed set of samples again and again may have an attribute `pool`, which strategies get as `env.pool`.
+
+    One that comes in passes may have an attribute `selection` (cl_sim.selection): which pass is tested, and when a run stops.
     """
 
     Config: ClassVar[type]
