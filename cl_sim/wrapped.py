@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_sim import config, registry
-from cl_sim.indexed import IndexedStream
+from cl_sim.indexed import IndexedStream, host_rng
 from cl_sim.stream import Holdout, Stream, truth
 from cl_sim.types import Batch, Field
 
@@ -83,3 +83,15 @@ def column(stream: Stream, name: str) -> NDArray[np.int64]:
         parts.append(truth(stream, step, stream.batch(step))[name])
     values: NDArray[np.int64] = torch.cat(parts, 1).cpu().numpy()
     return values
+
+
+def renumbered(ids: NDArray[np.int64], seeds: Sequence[int], rows: int) -> NDArray[np.int64]:
+    """A random new number for every row: data sets are often sorted by class, and a number must not tell one.
+
+    Each run's depend on its own rows and seed alone; those above its largest row stay.    Shapes: ids [R, N] -> [R, rows].
+    """
+    number = np.tile(np.arange(rows), (len(seeds), 1))
+    for run, seed in enumerate(seeds):
+        last = int(ids[run].max()) + 1
+        number[run, :last] = host_rng(seed, "sample numbers").permutation(last)
+    return number

@@ -22,7 +22,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.indexed import IndexedStream, host_rng
 from cl_sim.stream import Pool
 from cl_sim.types import Batch, Field
-from cl_sim.wrapped import Wrapped, by_name, column
+from cl_sim.wrapped import Wrapped, by_name, column, renumbered
 
 HIDDEN = -1  # the label of a sample that has none
 Ints = NDArray[np.int64]
@@ -78,10 +78,7 @@ class FewLabels(Wrapped):
         self.labelled, self.known = (torch.as_tensor(one, device=device) for one in (chosen, known))  # [R, rows]
         self.fields = {**self.fields, "is_labelled": Field((), torch.bool)}
         if self.numbered:
-            number = np.tile(np.arange(shape[1]), (len(seeds), 1))
-            for run, seed in enumerate(seeds):
-                number[run, : ids[run].max() + 1] = host_rng(seed, "sample numbers").permutation(ids[run].max() + 1)
-            self.number = torch.as_tensor(number, device=device)  # [R, rows]
+            self.number = torch.as_tensor(renumbered(ids, seeds, shape[1]), device=device)  # [R, rows]
             self.row = self.number.argsort(1)  # [R, numbers]
         self.pool = None if repeats is None else self.fixed_pool()
         self.counts = np.bincount(known[0][chosen[0]], minlength=self.classes)

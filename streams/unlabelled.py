@@ -24,7 +24,7 @@ from cl_sim.indexed import host_rng
 from cl_sim.metrics.fewshot import SHOTS, Task, draw
 from cl_sim.stream import Holdout
 from cl_sim.types import Batch
-from cl_sim.wrapped import Wrapped, by_name, column
+from cl_sim.wrapped import Wrapped, by_name, column, renumbered
 
 Ints = NDArray[np.int64]
 
@@ -66,8 +66,7 @@ class Unlabelled(Wrapped):
         self.numbered = "index" in self.fields
         if self.numbered:
             ids, labels = column(self.inner, "index"), column(self.inner, "y")
-            count = int(ids.max()) + 1
-            number = np.stack([host_rng(seed, "sample numbers").permutation(count) for seed in seeds])
+            number = renumbered(ids, seeds, int(ids.max()) + 1)
             known = np.zeros_like(number)
             np.put_along_axis(known, np.take_along_axis(number, ids, 1), labels, 1)
             self.number = torch.as_tensor(number, device=device)  # [R, rows]

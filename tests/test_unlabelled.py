@@ -207,6 +207,21 @@ def test_embeddings_of_a_toy_stream_are_read_out_well() -> None:
     assert all((value >= 0.9).all() for value in found.values())
 
 
+def test_a_run_has_the_same_numbers_alone_and_stacked_where_the_stream_leaves_samples_out() -> None:
+    inner = ("classes=4", "tasks=1", "per_class=23", "batch=50")  # 50 of 92 samples come, others in each run
+    alone = {seed: unlabelled((seed,), settings=inner) for seed in range(6)}
+    stacked = unlabelled(tuple(range(6)), settings=inner)
+    assert len({one.number.shape[1] for one in alone.values()}) > 1
+    for seed, one in alone.items():
+        for step in range(len(one)):
+            batch, together = one.batch(step), stacked.batch(step)
+            assert torch.equal(batch["index"][0], together["index"][seed])
+            mine, theirs = one.labels_of(batch), stacked.labels_of(together)
+            assert mine is not None
+            assert theirs is not None
+            assert torch.equal(mine[0], theirs[seed])
+
+
 def test_no_label_reaches_the_state() -> None:
     """The same samples with other labels in the other stream: every weight and row is the same."""
     one, other = made(), made()
