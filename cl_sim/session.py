@@ -6,7 +6,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,6 +75,7 @@ def build_strategy(config: RunConfig, stream: Stream, seeds: Sequence[int]) -> S
     return strategy
 
 
+TINY = 1e-310  # a denormal float64
 CLUSTERS = (
     "cluster_purity",
     "cluster_nmi",
@@ -124,10 +126,20 @@ def _train(
     config: RunConfig, seeds: tuple[int, ...], place: Place, stop: Callable[[], bool], note: Callable[[str], None]
 ) -> str:
     torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow and mean nothing here
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    with Journal(place.folder / "journal.jsonl") as journal:
+    with flushed_denormals(), Journal(place.folder / "journal.jsonl") as journal:
         return _journaled(config, seeds, place, journal, stop, note)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are 0: they are slow and mean nothing here. Afterwards the processor is as it was."""
+    already = float(torch.tensor(TINY, dtype=torch.float64) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)
 
 
 def _journaled(

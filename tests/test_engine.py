@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_draft(
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, 2, {"owner": "me"})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000001.pt"]
+
+
+def test_training_flushes_denormals_and_leaves_the_processor_as_it_was() -> None:
+    tiny = torch.tensor(1e-310, dtype=torch.float64)
+
+    def lost() -> bool:
+        return float(tiny * 1) == 0
+
+    assert not lost()
+    with suppress(KeyError), session.flushed_denormals():
+        assert lost()
+        with session.flushed_denormals():
+            assert lost()
+        assert lost()
+        raise KeyError
+    assert not lost()
