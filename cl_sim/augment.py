@@ -80,9 +80,9 @@ def crop(x: Tensor, rng: Rng, pixels: int = 4) -> Tensor:
     return shift(x, rng, pixels)
 
 
-def apply_flip(x: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror the chosen images left to right.    Shapes: x [R, B, C, H, W], mirrored [R, B] bool -> x."""
-    return torch.where(_per_image(mirrored), x.flip(-1), x)
+def apply_flip(x: Tensor, mirrored: Tensor, axis: int = -1) -> Tensor:
+    """Mirror the chosen images left to right, or along another axis.    Shapes: x [R, B, C, H, W], mirrored [R, B] bool -> x."""
+    return torch.where(_per_image(mirrored), x.flip(axis), x)
 
 
 def flip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
@@ -92,7 +92,7 @@ def flip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
 
 def vflip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
     """Mirror each image top to bottom with the given probability.    Shapes: [R, B, C, H, W] -> same."""
-    return torch.where(_per_image(rng.chance(probability, x.shape[1])), x.flip(-2), x)
+    return apply_flip(x, rng.chance(probability, x.shape[1]), axis=-2)
 
 
 def draw_erase(rng: Rng, batch: int, height: int, width: int, pixels: int) -> Tensor:

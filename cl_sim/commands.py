@@ -132,7 +132,7 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
         encoder["frozen"] = True
     views = registry.load("strategy", settings["strategy"]["name"]).views if "strategy" in settings else ()
     small = False
-    if encoder.get("name", "mlp") == "mlp" or (views and "augment" not in settings):
+    if (encoder.get("name") or "mlp") == "mlp" or (views and "augment" not in settings):
         probe = config.from_dict({**settings, "encoder": {"name": "mlp"}, "stack": 1})
         samples = session.build_stream(probe, probe.seeds[:1]).fields
         encoder["name"] = encoder.get("name") or encoders.usual(samples)

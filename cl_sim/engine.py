@@ -299,8 +299,8 @@ def cluster_health(rows: Batch, prototypes: Tensor, classes: int) -> dict[str, N
     groups = prototypes.shape[1]
     labels = rows["y"].masked_fill(~rows["valid"], -1)
     counts = [clustering.table(c, y, groups, classes) for c, y in zip(rows["cluster"], labels, strict=True)]
-    sizes = torch.stack([(rows["cluster"] == group).logical_and(rows["valid"]).sum(1) for group in range(groups)], 1)
     kept = rows["cluster"].masked_fill(~rows["valid"], -1)
+    sizes = torch.stack([(kept == group).sum(1) for group in range(groups)], 1)
     columns = (rows["z"], kept, prototypes, labels, rows["valid"])
     each = {
         "neighbour_precision": [clustering.neighbour_precision(*one) for one in zip(*columns, strict=True)],

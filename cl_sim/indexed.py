@@ -129,20 +129,19 @@ class IndexedStream:
 
     def batch(self, step: int) -> Batch:
         """The samples of one step."""
-        place = self.places(step)
-        rows = self.rows.gather(1, place)
-        return {"x": self.train.gather(rows), "y": self.labels.gather(1, place), "index": rows}
+        rows, y = self.part(step, self.rows, self.labels)
+        return {"x": self.train.gather(rows), "y": y, "index": rows}
 
-    def places(self, step: int) -> Tensor:
-        """Where the samples of one step lie in the schedule.    Shapes: -> [R, B]."""
-        if self.schedule.repeats is not None:
-            return self.schedule.repeats.places(step)
-        start = step * self.batch_size
-        return torch.arange(start, start + self.batch_size, device=self.device).expand(len(self.rows), -1)
+    def part(self, step: int, *columns: Tensor) -> list[Tensor]:
+        """What one step has of columns of the schedule.    Shapes: [R, N] each -> [R, B] each."""
+        if self.schedule.repeats is None:
+            return [column[:, step * self.batch_size : (step + 1) * self.batch_size] for column in columns]
+        place = self.schedule.repeats.places(step)
+        return [column.gather(1, place) for column in columns]
 
     def truth(self, step: int) -> Tensor:
         """The labels of one step, without its samples.    Shapes: -> [R, B]."""
-        return self.labels.gather(1, self.places(step))
+        return self.part(step, self.labels)[0]
 
     def once(self, name: str) -> NDArray[np.int64]:
         """Labels (y) or rows (index) of the whole stream; of a single showing where samples come again.    Shapes: -> [R, N]."""

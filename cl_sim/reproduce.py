@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,17 +86,25 @@ def table(found: Mapping[str, Verdict]) -> list[list[str]]:
 
 def filed(folder: Path, name: str, key: tuple[str, str]) -> Path:
     """Where `cl-sim report` has filed a preset's result: by its stream and entry, or under whatever name it was given."""
+    usual = _usual(folder, key)
+    return usual if usual.is_file() else _made_by_preset(folder).get(name, usual)
+
+
+def _usual(folder: Path, key: tuple[str, str]) -> Path:
     stream, entry = key
-    usual = folder / stream / f"{entry}.json"
-    if usual.is_file():
-        return usual
-    return next((path for path in sorted(folder.glob("*/*.json")) if _made_by(path, name)), usual)
+    return folder / stream / f"{entry}.json"
 
 
-def _made_by(path: Path, name: str) -> bool:
-    """Does the command of this result run the preset as it is?"""
-    words = str(json.loads(path.read_text(encoding="utf-8")).get("command", "")).split()
-    return "--set" not in words and ["--preset", name] in [words[i : i + 2] for i in range(len(words))]
+def _made_by_preset(folder: Path) -> dict[str, Path]:
+    """Preset -> the first result whose command ran it as it is. Every result is read."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        words = str(json.loads(path.read_text(encoding="utf-8")).get("command", "")).split()
+        if "--set" not in words:
+            for before, name in pairwise(words):
+                if before == "--preset":
+                    found.setdefault(name, path)
+    return found
 
 
 def stored_result(name: str, folder: Path, keys: Mapping[str, tuple[str, str]]) -> Result:
@@ -113,7 +122,8 @@ def stored_result(name: str, folder: Path, keys: Mapping[str, tuple[str, str]]) 
 
 
 def _those_with_one(folder: Path, keys: Mapping[str, tuple[str, str]]) -> str:
-    there = [name for name, key in keys.items() if filed(folder, name, key).is_file()]
+    elsewhere = _made_by_preset(folder)
+    there = [name for name, key in keys.items() if _usual(folder, key).is_file() or name in elsewhere]
     return f"these presets have one: {', '.join(there)}" if there else f"no preset has one in {folder}"
 
 

@@ -99,3 +99,10 @@ def truth(stream: Stream, step: int, batch: Batch) -> Batch:
     """
     hidden = getattr(stream, "truth", None)
     return batch if hidden is None else {**batch, "y": hidden(step)}
+
+
+def labels_at(stream: Stream, step: int, name: str = "y") -> Tensor:
+    """The labels of one step as they are measured, without making its samples where they are known.    Shapes: -> [R, B]."""
+    known = getattr(stream, "truth", None)
+    labels: Tensor = stream.batch(step)[name] if known is None else known(step)
+    return labels

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_sim.stream import Clips, Stream
+from cl_sim.stream import Clips, Stream, labels_at
 
 SHADES = " ·░▒▓█"
 LINES = 20  # drawn at most; more classes are grouped
@@ -47,10 +47,8 @@ def _labels(stream: Stream, every: int) -> NDArray[np.int64]:
     if isinstance(stream, Clips):
         known = stream.clip_labels()
         return known.reshape(len(stream), -1, *known.shape[1:])[::every]
-    truth = getattr(stream, "truth", None)
-    looked = range(0, len(stream), every)
-    each = [truth(step) if truth is not None else stream.batch(step)[_label(stream)] for step in looked]
-    labels: NDArray[np.int64] = np.stack([one[0].cpu().numpy() for one in each])
+    each = [labels_at(stream, step, _label(stream))[0] for step in range(0, len(stream), every)]
+    labels: NDArray[np.int64] = np.stack([one.cpu().numpy() for one in each])
     return labels
 
 

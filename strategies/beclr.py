@@ -187,7 +187,8 @@ class BECLR(Strategy):
         x = torch.cat([self.env.augment(both)["x"] for _ in range(2)], 1)  # [R, 2N, ...] view 1, then view 2
         p, z, features = self.net(self.masked(x))
         target = normalize((self.teacher(x) if self.teacher is not None else z).detach(), dim=-1)  # z_t
-        rows = {"z": target, "p": normalize(p.detach(), dim=-1), "s": normalize(z.detach(), dim=-1)}
+        student = {"p": p, "s": z}
+        rows = {"z": target, **{space: normalize(student[space].detach(), dim=-1) for space in self.cfg.spaces}}
         near, weight = self.neighbours(rows, both, old)
         loss = self.loss(p, z, target, near, weight)
         if self.labels:
@@ -279,12 +280,13 @@ class BECLR(Strategy):
         memory = self.memory
         if memory is None:
             return {}
-        size, before, clustered = new["x"].shape[1], memory.offered, memory.offered >= self.fill
+        size, before = new["x"].shape[1], memory.offered
+        clustered = before >= self.fill
+        balanced = clustered and self.cfg.assign == "batch_ot"
         fresh: Batch = {}
         for space in memory.spaces:
             one, two = found[space].chunk(2, 1)
             z = normalize(one + two, dim=-1)
-            balanced = clustered and self.cfg.assign == "batch_ot"
             own = memory.assigned(z, space) if balanced else nearest_prototype(z, memory.centres(space))
             fresh |= {space: z, label_of(space): own}
         memory.write(old["slot"], {name: rows[:, size:] for name, rows in fresh.items()})

@@ -20,7 +20,7 @@ from torch import Tensor
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
 from cl_sim.indexed import IndexedStream, host_rng
-from cl_sim.stream import Pool
+from cl_sim.stream import Pool, labels_at
 from cl_sim.types import Batch, Field
 from cl_sim.wrapped import Wrapped, by_name, column, renumbered
 
@@ -86,10 +86,11 @@ class FewLabels(Wrapped):
     def batch(self, step: int) -> Batch:
         """The samples of one step; y is -1 where the label is hidden."""
         plain = self.inner.batch(step)
+        if self.numbered:
+            return self.with_hidden(plain, plain["index"])
         start = step * self.batch_size
         place = torch.arange(start, start + self.batch_size, device=self.labelled.device)
-        rows = plain["index"] if self.numbered else place.expand(len(self.labelled), -1)
-        return self.with_hidden(plain, rows)
+        return self.with_hidden(plain, place.expand(len(self.labelled), -1))
 
     def with_hidden(self, plain: Batch, rows: Tensor) -> Batch:
         """Samples of these rows, as strategies see them.    Shapes: rows [R, n] -> each field [R, n, ...]."""
@@ -117,9 +118,7 @@ class FewLabels(Wrapped):
 
     def truth(self, step: int) -> Tensor:
         """Every label of one step, for the metrics.    Shapes: -> [R, B]."""
-        known = getattr(self.inner, "truth", None)
-        labels: Tensor = self.inner.batch(step)["y"] if known is None else known(step)
-        return labels
+        return labels_at(self.inner, step)
 
     def describe(self) -> Mapping[str, Any]:
         """What the other stream says, and the labelled samples of the first run."""

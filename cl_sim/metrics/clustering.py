@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_sim.memory.clusters import nearest_in_cluster
+from cl_sim.memory.clusters import cluster_means, nearest_in_cluster
 
 
 def table(clusters: Tensor, labels: Tensor, groups: int, classes: int) -> Tensor:
@@ -66,7 +66,7 @@ def davies_bouldin(rows: Tensor, clusters: Tensor, groups: int) -> Tensor:
     rows, number = rows.double(), torch.arange(groups, device=rows.device)
     member = (clusters[:, None] == number).double()  # [M, P]
     count = member.sum(0)
-    means = member.T @ rows / count.clamp(min=1)[:, None]
+    means = cluster_means(rows, clusters, rows.new_zeros(groups, rows.shape[1]), gamma=0.0)
     width = (member * torch.cdist(rows, means)).sum(0) / count.clamp(min=1)
     apart = torch.cdist(means, means)
     used = count > 0

@@ -88,6 +88,9 @@ class Probe:
         nothing = torch.full((self.runs, self.splits), torch.nan, dtype=torch.float64, device=self.device)
         count = int(self.chunks[0][1]["episodes"][0, 0]) if self.chunks and "episodes" in self.chunks[0][1] else 0
         found = {name: nothing.clone() for name in (*READOUTS, *NAMES * (count > 0))}
+        if count:  # the same for every run, as the samples are
+            y = torch.cat([b["y"][0] for _, b in self.chunks])
+            episodes = draw(y.cpu().numpy(), Task(shots=max(SHOTS)), count, self.seed)
         for run in range(self.runs if self.chunks else 0):
             rows = standardise(torch.cat([output[run] for output, _ in self.chunks]).double())
             y, split, known = (torch.cat([b[name][run] for _, b in self.chunks]) for name in ("y", "split", "support"))
@@ -95,7 +98,6 @@ class Probe:
                 each = [hits[split[~known] == s].double().mean() for s in range(self.splits)]
                 found[name][run] = torch.stack(each)
             if count:
-                episodes = draw(y.cpu().numpy(), Task(shots=max(SHOTS)), count, self.seed)
                 for name, value in episode_means(rows, episodes).items():
                     found[name][run] = value
         self.chunks = []
