@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_sim.errors import BadData, UnknownName
-from cl_sim.indexed import host_rng
+from cl_sim.rng import host_rng
 from cl_sim.sources import data_folders
 
 FILES = {

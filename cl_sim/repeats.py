@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_sim.rng import Rng, derive
+from cl_sim.rng import Rng, host_rng
 
 
 class Repeats:
@@ -60,5 +60,5 @@ class Repeats:
         size = self.sizes[task]
         if not turn:
             return torch.arange(size, device=self.device).expand(len(self.seeds), -1)
-        hosts = [np.random.default_rng(derive(seed, f"pass {turn} of task {task}")) for seed in self.seeds]
+        hosts = [host_rng(seed, f"pass {turn} of task {task}") for seed in self.seeds]
         return torch.as_tensor(np.stack([host.permutation(size) for host in hosts]), device=self.device)

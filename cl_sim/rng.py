@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,11 @@ def derive(seed: int, purpose: str) -> int:
     """A 63-bit seed for one purpose of one run, the same on every machine."""
     digest = hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def host_rng(seed: int, purpose: str) -> np.random.Generator:
+    """A host generator, for choices that are made before the first step or when a pass begins."""
+    return np.random.default_rng(derive(seed, purpose))
 
 
 def shift_right(bits: Tensor, places: int) -> Tensor:

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import host_rng
-from cl_sim.rng import Rng, shift_right
+from cl_sim.rng import Rng, host_rng, shift_right
 
 INK = 0.25  # brightness, as a share of full, above which a pixel belongs to a figure on a plain ground
 SLOW, FAST, JITTER = 0.8, 3.2, 0.3  # pixels per frame; the last is a standard deviation

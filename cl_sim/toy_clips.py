@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cl_sim.indexed import host_rng
+from cl_sim.rng import host_rng
 from cl_sim.types import Batch, Field
 
 SIDE, PATTERN = 28, 8  # pixels

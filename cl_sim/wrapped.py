@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_sim import config, registry
-from cl_sim.indexed import IndexedStream, host_rng
+from cl_sim.indexed import IndexedStream
+from cl_sim.rng import host_rng
 from cl_sim.stream import Holdout, Stream, truth
 from cl_sim.types import Batch, Field
 

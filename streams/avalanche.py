@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from cl_sim.arrays import Arrays, DataSet, Resident
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig, BadData, UnknownName
-from cl_sim.indexed import CHUNK, IndexedStream, Schedule, host_rng
+from cl_sim.indexed import CHUNK, IndexedStream, Schedule
+from cl_sim.rng import host_rng
 from cl_sim.types import Batch
 
 Ints = NDArray[np.int64]

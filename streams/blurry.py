@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from cl_sim.arrays import load
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import IndexedStream, Schedule, Splits, class_orders, host_rng
+from cl_sim.indexed import IndexedStream, Schedule, Splits, class_orders
+from cl_sim.rng import host_rng
 
 Ints = NDArray[np.int64]
 

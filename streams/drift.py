@@ -23,8 +23,8 @@ from cl_sim.arrays import load
 from cl_sim.config import at_least, within
 from cl_sim.corrupt import CORRUPTIONS, SEVERITIES, corrupt, rotate, sample_rng
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import IndexedHoldout, IndexedStream, Schedule, Splits, host_rng
-from cl_sim.rng import derive
+from cl_sim.indexed import IndexedHoldout, IndexedStream, Schedule, Splits
+from cl_sim.rng import derive, host_rng
 from cl_sim.types import Batch
 
 Ints = NDArray[np.int64]

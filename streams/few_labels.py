@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import IndexedStream, host_rng
+from cl_sim.indexed import IndexedStream
+from cl_sim.rng import host_rng
 from cl_sim.stream import Pool, labels_at
 from cl_sim.types import Batch, Field
 from cl_sim.wrapped import Wrapped, by_name, column, renumbered

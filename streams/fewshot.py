@@ -21,7 +21,8 @@ from cl_sim.arrays import Resident
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
 from cl_sim.fewshot_lists import NOVEL, pool
-from cl_sim.indexed import CHUNK, INT, host_rng
+from cl_sim.indexed import CHUNK, INT
+from cl_sim.rng import host_rng
 from cl_sim.types import Batch, Field
 
 SMALL = 100  # episodes of a small evaluation

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import host_rng
 from cl_sim.interactions import Interactions, Ints, load
+from cl_sim.rng import host_rng
 from cl_sim.selection import Selection
 from cl_sim.types import Batch, Field
 

@@ -25,12 +25,12 @@ from cl_sim.indexed import (
     class_incremental,
     class_orders,
     equal_tasks,
-    host_rng,
     last_steps,
     task_splits,
 )
 from cl_sim.noise import noisy_labels
 from cl_sim.repeats import Repeats
+from cl_sim.rng import host_rng
 
 USUAL_TASKS = {"cifar10": 5, "cifar100": 10, "mini-imagenet": 10, "tiny-imagenet": 10, "mnist": 5, "fashion-mnist": 5}
 

@@ -24,8 +24,8 @@ from cl_sim import boxes, sprites
 from cl_sim.arrays import Arrays, load
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import class_orders, equal_tasks, host_rng
-from cl_sim.rng import Rng, derive
+from cl_sim.indexed import class_orders, equal_tasks
+from cl_sim.rng import Rng, derive, host_rng
 from cl_sim.types import Batch, Field
 
 CHUNK = 2  # test clips made and predicted at once; longer clips than those for training

@@ -19,10 +19,10 @@ from cl_sim.indexed import (
     class_incremental,
     class_orders,
     equal_tasks,
-    host_rng,
     last_steps,
     task_splits,
 )
+from cl_sim.rng import host_rng
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from cl_sim.arrays import Arrays, DataSet, load
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import IndexedStream, Schedule, host_rng
+from cl_sim.indexed import IndexedStream, Schedule
+from cl_sim.rng import host_rng
 
 FARTHEST = 5.0  # standard deviations; a column that only ever grows leaves every scale of its past
 

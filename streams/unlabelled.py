@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import host_rng
 from cl_sim.metrics.fewshot import SHOTS, Task, draw
+from cl_sim.rng import host_rng
 from cl_sim.stream import Holdout
 from cl_sim.types import Batch
 from cl_sim.wrapped import Wrapped, by_name, column, renumbered

@@ -28,8 +28,7 @@ from cl_sim import boxes, stills
 from cl_sim.annotations import Annotations, Video, read
 from cl_sim.config import at_least, within
 from cl_sim.errors import BadConfig, BadData
-from cl_sim.indexed import host_rng
-from cl_sim.rng import Rng, derive
+from cl_sim.rng import Rng, derive, host_rng
 from cl_sim.sources import data_folders
 from cl_sim.types import Batch, Field
 

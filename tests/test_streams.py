@@ -20,9 +20,9 @@ from cl_sim import corrupt, timeline
 from cl_sim.config import build
 from cl_sim.engine import Plan
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import class_orders, host_rng
+from cl_sim.indexed import class_orders
 from cl_sim.noise import noisy_labels
-from cl_sim.rng import Rng
+from cl_sim.rng import Rng, host_rng
 from cl_sim.stream import Stream
 from streams.blurry import Blurry, BlurryConfig, gaussian, i_blurry
 from streams.drift import Drift, DriftConfig

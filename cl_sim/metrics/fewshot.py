@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cl_sim.config import at_least
 from cl_sim.errors import BadConfig
-from cl_sim.indexed import host_rng
+from cl_sim.rng import host_rng
 
 Readout = Literal["nearest_mean", "logistic"]
 TINY = 1e-8  # added to the masses of a transport before their logarithm
