@@ -16,26 +16,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_sim.constants import constant
 from cl_sim.errors import BadConfig, UnknownName
-from cl_sim.randaugment import strong
-from cl_sim.rng import Rng
+from cl_sim.randaugment import apply_strong, draw_strong, strong
+from cl_sim.rng import Rng, below_of, uniform_of
 from cl_sim.types import Batch, Field
 
 TRIES = 10  # boxes drawn before the centre is taken
-BOX_WORDS = 2 * TRIES + 2  # random words per image that a box takes
-JITTER_WORDS = 5 + 4  # and a colour jitter
+REPLAY_WORDS = [2 * TRIES, 2, 1, 5, 4, 1]  # of a replay view: for sizes, a place, a mirror, colours, their order, grey
 MOVES = ("shift", "shift_mirrored", "crop")  # without a number, they follow the size of the image
+HUES = (3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0)  # centre, sign and base of each channel, see turn_hue
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def to_float(x: Tensor) -> Tensor:
     """Bytes as float32 in [0, 1]; floats as they are.    Shapes: any -> same."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    return x / 255 if x.dtype == torch.uint8 else x
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Floats in [0, 1] as the nearest byte, if bytes are wanted; else as that float type.    Shapes: any -> same."""
-    return (x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    return (x * 255).round_().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+
+
+def on_floats(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same on bytes too, which are rounded at the end."""
+    return lambda x, drawn: to_dtype(apply(to_float(x), drawn), x.dtype)
 
 
 def draw_shift(rng: Rng, batch: int, pixels: int) -> Tensor:
@@ -95,13 +101,13 @@ def vflip(x: Tensor, rng: Rng, probability: float = 0.5) -> Tensor:
     return apply_flip(x, rng.chance(probability, x.shape[1]), axis=-2)
 
 
-def draw_erase(rng: Rng, batch: int, height: int, width: int, pixels: int) -> Tensor:
+def draw_erase(rng: Rng, batch: int, height: int, width: int, pixels: int = 8) -> Tensor:
     """Top left corner of each square, its centre anywhere in the image.    Shapes: -> [R, B, 2], row first."""
     centre = torch.stack([rng.below(height, batch), rng.below(width, batch)], -1)
     return centre - pixels // 2
 
 
-def apply_erase(x: Tensor, corner: Tensor, pixels: int) -> Tensor:
+def apply_erase(x: Tensor, corner: Tensor, pixels: int = 8) -> Tensor:
     """Blacken a square; what lies outside the image is lost.    Shapes: x [R, B, C, H, W], corner [R, B, 2] -> x."""
     top, left = corner[..., :1], corner[..., 1:]
     row, column = (torch.arange(size, device=x.device) for size in x.shape[-2:])
@@ -148,20 +154,32 @@ def draw_boxes(
 
     Shapes: -> [R, B, 4], whole pixels: top, left, height, width.
     """
-    share, slope = rng.uniform(batch, TRIES, 2).unbind(-1)  # [R, B, 10]
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * slope)
-    sides = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round().long()  # [R, B, 10, 2]
-    tall, wide = sides.unbind(-1)
-    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    return boxes_of(rng.uniform(batch, TRIES, 2), rng.bits(2, batch).mT, height, width, scale, ratio)
+
+
+def boxes_of(
+    shares: Tensor,
+    words: Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """The boxes that these random numbers stand for.    Shapes: shares [R, B, 10, 2], words [R, B, 2] int64 -> [R, B, 4]."""
+    device, most = words.device, _largest(height, width, ratio)
+    lowest = constant((scale[0], math.log(ratio[0])), device)
+    spread = constant((scale[1] - scale[0], math.log(ratio[1] / ratio[0])), device)
+    whole = constant((height, width), device, torch.int64)
+    share, slope = (lowest + spread * shares).unbind(-1)  # [R, B, 10]
+    area, aspect = height * width * share, slope.exp()
+    sides = torch.stack([area / aspect, area * aspect], -1).sqrt().round().long()  # [R, B, 10, 2]
+    fits = ((sides > 0) & (sides <= whole)).all(-1)
     first = fits.byte().argmax(-1)[..., None, None].expand(-1, -1, -1, 2)
-    tall, wide = sides.gather(2, first)[:, :, 0].unbind(-1)  # [R, B]
-    none = ~fits.any(-1)
-    most_tall, most_wide = _largest(height, width, ratio)
-    tall, wide = tall.masked_fill(none, most_tall), wide.masked_fill(none, most_wide)
-    top, left = rng.below(torch.stack([height + 1 - tall, width + 1 - wide], 1), 2, batch).unbind(1)
-    top, left = top.masked_fill(none, (height - most_tall) // 2), left.masked_fill(none, (width - most_wide) // 2)
-    return torch.stack([top, left, tall, wide], -1)
+    none = ~fits.any(-1, keepdim=True)  # [R, B, 1]
+    size = torch.where(none, constant(most, device, torch.int64), sides.gather(2, first).squeeze(2))  # [R, B, 2]
+    centred = constant(((height - most[0]) // 2, (width - most[1]) // 2), device, torch.int64)
+    corner = torch.where(none, centred, below_of(words, whole + 1 - size))
+    return torch.cat([corner, size], -1)
 
 
 def _largest(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
@@ -181,22 +199,25 @@ def apply_boxes(x: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -> Ten
     Shapes: x [R, B, C, H, W] float, boxes [R, B, 4], mirrored [R, B] bool -> x.
     """
     height, width = x.shape[-2:]
-    top, left, tall, wide = boxes.to(x.dtype)[..., None].unbind(2)  # [R, B, 1] each
-    rows = _sources(top, tall, height, x)
-    columns = _sources(left, wide, width, x)
+    corner, sides = torch.split(boxes.to(x.dtype)[..., None], 2, 2)  # [R, B, 2, 1] each
+    rows, columns = _sources(corner, sides, (height, width), x).unbind(2)
+    rows, columns = rows[..., :height, None], columns[..., None, :width]
     if mirrored is not None:
-        columns = torch.where(mirrored[..., None], columns.flip(-1), columns)
-    rows, columns = rows[..., :, None].expand(*x.shape[:2], -1, width), columns[..., None, :].expand_as(x[:, :, 0])
-    grid = torch.stack([columns, rows], -1).flatten(0, 1)
+        columns = torch.where(mirrored[..., None, None], columns.flip(-1), columns)
+    grid = torch.stack([columns.expand(-1, -1, height, -1), rows.expand(-1, -1, -1, width)], -1).flatten(0, 1)
     taken = F.grid_sample(x.flatten(0, 1), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return taken.view_as(x)
 
 
-def _sources(start: Tensor, length: Tensor, size: int, x: Tensor) -> Tensor:
-    """Where each output row lies in the image, kept inside the box, in grid_sample's units.    Shapes: -> [R, B, size]."""
-    centre = torch.arange(size, device=x.device, dtype=x.dtype) + 0.5
-    inside = (centre * (length / size) - 0.5).clamp(min=0).minimum(length - 1)
-    return (2 * (start + inside) + 1) / size - 1
+def _sources(start: Tensor, length: Tensor, whole: tuple[int, int], x: Tensor) -> Tensor:
+    """Where each output row and column lies in the image, kept inside the box, in grid_sample's units.
+
+    Shapes: start, length [R, B, 2, 1] -> [R, B, 2, larger of both sizes].
+    """
+    size = constant(whole, x.device, x.dtype)[:, None]
+    centre = torch.arange(0.5, max(whole), device=x.device, dtype=x.dtype)
+    inside = (centre * (length / size) - 0.5).clamp_(min=0).minimum(length - 1)
+    return (2 * (start + inside) + 1).div_(size).sub_(1)
 
 
 def resized_crop(
@@ -204,7 +225,7 @@ def resized_crop(
 ) -> Tensor:
     """Cut out a random box and stretch it to the whole image, bilinearly.    Shapes: [R, B, C, H, W] -> same."""
     boxes = draw_boxes(rng, x.shape[1], x.shape[3], x.shape[4], scale, ratio)
-    return to_dtype(apply_boxes(to_float(x), boxes), x.dtype)
+    return on_floats(apply_boxes)(x, boxes)
 
 
 class Jitter(NamedTuple):
@@ -229,12 +250,25 @@ def draw_jitter(
     probability: float = 0.8,
 ) -> Jitter:
     """Factors uniform in [max(0, 1 - s), 1 + s], hue in [-hue, hue], the order uniform among the 24, all per image."""
+    return jitter_of(rng.uniform(batch, 5), rng.bits(batch, 4), brightness, contrast, saturation, hue, probability)
+
+
+def jitter_of(
+    shares: Tensor,
+    words: Tensor,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    probability: float = 0.8,
+) -> Jitter:
+    """The jitter that these random numbers stand for.    Shapes: shares [R, B, 5], words [R, B, 4] int64."""
     lowest = [max(0.0, 1 - strength) for strength in (brightness, contrast, saturation)] + [-hue]
     highest = [1 + brightness, 1 + contrast, 1 + saturation, hue]
-    drawn = rng.uniform(batch, 5)  # [R, B, 5]
-    spread = [low + (high - low) * drawn[..., i] for i, (low, high) in enumerate(zip(lowest, highest, strict=True))]
-    order = rng.bits(batch, 4).argsort(-1)
-    return Jitter(drawn[..., 4] < probability, torch.stack(spread, -1), order)
+    low = constant(tuple(lowest), shares.device)
+    spread = constant(tuple(b - a for a, b in zip(lowest, highest, strict=True)), shares.device)
+    strength, chance = torch.split(shares, [4, 1], -1)
+    return Jitter(chance.squeeze(-1) < probability, low + spread * strength, words.argsort(-1))
 
 
 def apply_jitter(x: Tensor, drawn: Jitter) -> Tensor:
@@ -246,15 +280,12 @@ def apply_jitter(x: Tensor, drawn: Jitter) -> Tensor:
 
     Shapes: x [R, B, C, H, W] float, C = 1 or 3 -> x. With one channel, saturation and hue do nothing.
     """
-    blends = _blends(drawn)
-    out = x
-    for blend in blends[:3]:
-        out = _mixed(out, blend)
+    blends, out = _blends(drawn), x.clone()
+    _mix(out, blends[:3])
     if x.shape[2] == 3:
         out = turn_hue(out, drawn.factors[..., HUE])
-    for blend in blends[3:]:
-        out = _mixed(out, blend)
-    return torch.where(_per_image(drawn.chosen), out, x)
+    _mix(out, blends[3:])
+    return _where(drawn.chosen, out, x)
 
 
 class Blend(NamedTuple):
@@ -267,19 +298,24 @@ class Blend(NamedTuple):
 
 def _blends(drawn: Jitter) -> list[Blend]:
     """The three blends before the hue and the three after it."""
-    place = torch.arange(4, device=drawn.order.device)
+    device = drawn.order.device
     at = (drawn.order == HUE).byte().argmax(-1, keepdim=True)  # [R, B, 1], the hue's place in the order
-    kind = torch.cat([drawn.order[..., :3], drawn.order[..., 1:]], -1)  # [R, B, 6]
-    used = torch.cat([place[:3] < at, place[1:] > at], -1)
-    stays = torch.where(used, drawn.factors.gather(-1, kind), 1.0)
-    parts = torch.stack([stays, (1 - stays) * (kind == CONTRAST), (1 - stays) * (kind == SATURATION)])  # [3, R, B, 6]
-    return [Blend(*one.unbind(0)) for one in _per_image(parts).unbind(3)]
+    kind = drawn.order.index_select(-1, constant((0, 1, 2, 1, 2, 3), device, torch.int64))  # [R, B, 6]
+    early = constant((0, 1, 2, 0, 1, 2), device, torch.int64) < at
+    idle = early == constant((False, False, False, True, True, True), device, torch.bool)
+    stays = drawn.factors.gather(-1, kind).masked_fill_(idle, 1)
+    rest = 1 - stays
+    parts = stays, rest * (kind == CONTRAST), rest * (kind == SATURATION)
+    return [Blend(*one) for one in zip(*(_per_image(part).unbind(2) for part in parts), strict=True)]
 
 
-def _mixed(x: Tensor, blend: Blend) -> Tensor:
-    shades = greys(x)  # [R, B, 1, H, W]
-    rest = torch.addcmul(blend.mean * shades.mean((-2, -1), keepdim=True), shades, blend.greys)
-    return torch.addcmul(rest, x, blend.stays).clamp_(0, 1)
+def _mix(x: Tensor, blends: Sequence[Blend]) -> None:
+    """Blend one after the other, in place."""
+    channels = torch.split(x, 1, 2)
+    for blend in blends:
+        shades = _greys(*channels)  # [R, B, 1, H, W]
+        rest = torch.addcmul(blend.mean * shades.mean((-2, -1), keepdim=True), shades, blend.greys)
+        torch.addcmul(rest, x, blend.stays, out=x).clamp_(0, 1)
 
 
 def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
@@ -295,9 +331,10 @@ def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     width = spread.clamp(min=1e-12)  # a grey pixel has no hue: its numerators are 0 too
     blueish = torch.where(high == green, ((blue - red) / width).add_(2), ((red - green) / width).add_(4))
     hue = torch.where(high == red, (green - blue) / width, blueish)
-    hue += 6 * turns[..., None, None]  # in sixths of the circle
+    hue += _per_pixel(6 * turns)  # in sixths of the circle
     hue -= (hue / 6).floor_().mul_(6)
-    full = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 2).clamp_(0, 1)
+    centre, sign, base = _per_pixel(constant(HUES, x.device, x.dtype)).unbind(0)  # [3, 1, 1] each
+    full = torch.addcmul(base, sign, (hue[:, :, None] - centre).abs_()).clamp_(0, 1)
     return torch.addcmul(low[:, :, None], full, spread[:, :, None])
 
 
@@ -312,47 +349,62 @@ def jitter(
 ) -> Tensor:
     """Change brightness, contrast, saturation and hue in a random order per image.    Shapes: [R, B, C, H, W] -> same."""
     drawn = draw_jitter(rng, x.shape[1], brightness, contrast, saturation, hue, probability)
-    return to_dtype(apply_jitter(to_float(x), drawn), x.dtype)
+    return on_floats(apply_jitter)(x, drawn)
 
 
 def greys(x: Tensor) -> Tensor:
     """Brightness as the eye weighs it, 0.2989 red + 0.587 green + 0.114 blue.    Shapes: [R, B, C, H, W] -> [R, B, 1, H, W]."""
-    if x.shape[2] == 1:
-        return x
-    red, green, blue = torch.split(x, 1, 2)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return _greys(*torch.split(x, 1, 2))
+
+
+def _greys(first: Tensor, *others: Tensor) -> Tensor:
+    """The same from the channels one by one; a single one is grey.    Shapes: each [R, B, 1, H, W] -> same."""
+    if not others:
+        return first
+    green, blue = others
+    return (0.2989 * first).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def apply_grey(x: Tensor, chosen: Tensor) -> Tensor:
     """Take the colour out of the chosen images.    Shapes: x [R, B, C, H, W] float, chosen [R, B] bool -> x."""
-    return torch.where(_per_image(chosen), greys(x), x)
+    return _where(chosen, greys(x), x)
 
 
 def grey(x: Tensor, rng: Rng, probability: float = 0.2) -> Tensor:
     """Take the colour out of each image with the given probability.    Shapes: [R, B, C, H, W] -> same."""
-    return to_dtype(apply_grey(to_float(x), rng.chance(probability, x.shape[1])), x.dtype)
+    return on_floats(apply_grey)(x, rng.chance(probability, x.shape[1]))
 
 
-def apply_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Each pixel the mean of its row and column, weighted by a Gaussian of that width; the border keeps its brightness.
+class Blur(NamedTuple):
+    """What was drawn for a blur.    Shapes: chosen [R, B] bool; sigma [R, B], the width in pixels."""
 
-    Shapes: x [R, B, C, H, W] float, sigma [R, B], pixels, > 0 -> x.
+    chosen: Tensor
+    sigma: Tensor
+
+
+def draw_blur(rng: Rng, batch: int, probability: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)) -> Blur:
+    """Which images, and widths uniform in `sigma`."""
+    return Blur(rng.chance(probability, batch), sigma[0] + (sigma[1] - sigma[0]) * rng.uniform(batch))
+
+
+def apply_blur(x: Tensor, drawn: Blur) -> Tensor:
+    """Make each pixel of the chosen images the mean of its row and column, weighted by a Gaussian; the border stays as bright.
+
+    Shapes: x [R, B, C, H, W] float -> x.
     """
 
     def weights(size: int) -> Tensor:
         place = torch.arange(size, device=x.device, dtype=x.dtype)
-        away = (place[:, None] - place) / sigma[..., None, None].to(x.dtype)  # [R, B, size, size]
+        away = (place[:, None] - place) / drawn.sigma[..., None, None].to(x.dtype)  # [R, B, size, size]
         return (-0.5 * away * away).softmax(-1)  # pixels outside the image have no say
 
     down, right = (weights(size)[:, :, None] for size in x.shape[-2:])
-    return down @ x @ right.mT
+    return _where(drawn.chosen, down @ x @ right.mT, x)
 
 
 def blur(x: Tensor, rng: Rng, probability: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
     """Blur each image with the given probability, by a width uniform in `sigma`.    Shapes: [R, B, C, H, W] -> same."""
-    chosen, share = rng.chance(probability, x.shape[1]), rng.uniform(x.shape[1])
-    blurred = apply_blur(to_float(x), sigma[0] + (sigma[1] - sigma[0]) * share)
-    return torch.where(_per_image(chosen), to_dtype(blurred, x.dtype), x)
+    return on_floats(apply_blur)(x, draw_blur(rng, x.shape[1], probability, sigma))
 
 
 def replay_views(x: Tensor, rng: Rng) -> Tensor:
@@ -362,33 +414,86 @@ def replay_views(x: Tensor, rng: Rng) -> Tensor:
     Continual Learning"). Departures: rounded to bytes once at the end, where the code rounds after each part and turns the
     hue in 256 steps; on the same draws the two differ by 1.2 of 255 on average, and by more than 6 in one byte of a hundred.
     """
-    batch, (height, width) = x.shape[1], x.shape[-2:]
-    with rng.at_once(batch * (BOX_WORDS + 1 + JITTER_WORDS + 1)):
-        boxes, mirrored = draw_boxes(rng, batch, height, width), rng.chance(0.5, batch)
-        colours, greyed = draw_jitter(rng, batch), rng.chance(0.2, batch)
-    out = apply_boxes(to_float(x), boxes, mirrored)
-    out = apply_jitter(out.clamp_(0, 1), colours)  # bilinear weights may sum to 1 + 1e-7
-    return to_dtype(apply_grey(out, greyed), x.dtype)
+    return apply_replay(x, draw_replay(rng, x.shape[1]))
+
+
+def draw_replay(rng: Rng, batch: int) -> Tensor:
+    """The random words of a view: what boxes, mirrors, jitters and greys would draw one after the other, in one go.
+
+    Shapes: -> [R, B, 33] int64.
+    """
+    parts = torch.split(rng.bits(batch * sum(REPLAY_WORDS)), [batch * words for words in REPLAY_WORDS], 1)
+    shapes = [(rng.runs, batch, words) for words in REPLAY_WORDS]
+    shapes[1] = rng.runs, 2, batch  # all rows of places, then all columns
+    each = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return torch.cat([each[0], each[1].mT, *each[2:]], -1)
+
+
+def apply_replay(x: Tensor, words: Tensor) -> Tensor:
+    """The view that was drawn.    Shapes: x [R, B, C, H, W], words [R, B, 33] -> x."""
+    sizes, _, mirror, colours, _, grey = torch.split(uniform_of(words), REPLAY_WORDS, -1)
+    _, place, _, _, order, _ = torch.split(words, REPLAY_WORDS, -1)
+    boxes = boxes_of(sizes.view(*sizes.shape[:2], TRIES, 2), place, *x.shape[-2:])
+    out = apply_boxes(to_float(x), boxes, mirror.squeeze(-1) < 0.5).clamp_(0, 1)  # bilinear weights may sum to 1 + 1e-7
+    out = apply_jitter(out, jitter_of(colours, order))
+    return to_dtype(apply_grey(out, grey.squeeze(-1) < 0.2), x.dtype)
+
+
+def _per_pixel(values: Tensor) -> Tensor:
+    """One value per image, or channel, ready to meet the pixels of a channel.    Shapes: [...] -> [..., 1, 1]."""
+    return values.view(*values.shape, 1, 1)
 
 
 def _per_image(values: Tensor) -> Tensor:
-    """One value per image, ready to meet its pixels.    Shapes: [R, B] -> [R, B, 1, 1, 1]."""
-    return values[..., None, None, None]
+    """One value per image, ready to meet its pixels.    Shapes: [R, B, ...] -> [R, B, ..., 1, 1, 1]."""
+    return values.reshape(*values.shape, 1, 1, 1)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "shift": shift,
-    "shift_mirrored": shift_mirrored,
-    "crop": crop,
-    "flip": flip,
-    "vflip": vflip,
-    "erase": erase,
-    "resized_crop": resized_crop,
-    "jitter": jitter,
-    "grey": grey,
-    "blur": blur,
-    "replay": replay_views,
-    "strong": strong,
+def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """One image where chosen, else the other. To go all or none of the way is exact, and takes a seventh of `where` on a CPU.
+
+    Shapes: chosen [R, B] bool, one and other [R, B, C or 1, H, W] floats -> [R, B, C, H, W].
+    """
+    return torch.lerp(other, one, _per_image(chosen.to(other.dtype)))
+
+
+class Augmentation(NamedTuple):
+    """A kind of view: as a whole, as the draw alone, and as what is done to images with what was drawn.
+
+    `draw` takes random numbers, images (for their shape) and the settings; `apply` takes images, what was drawn, and pixels
+    if they are among the settings. All that is drawn has the axes [R, B] in front.
+    """
+
+    views: Callable[..., Tensor]
+    draw: Callable[..., Any]
+    apply: Callable[..., Tensor]
+
+
+def _per_batch(draw: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda rng, x, **settings: draw(rng, x.shape[1], **settings)
+
+
+def _per_size(draw: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda rng, x, **settings: draw(rng, x.shape[1], *x.shape[-2:], **settings)
+
+
+def _chance(probability: float) -> Callable[..., Tensor]:
+    return lambda rng, x, probability=probability: rng.chance(probability, x.shape[1])
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "shift": Augmentation(shift, _per_batch(draw_shift), apply_shift),
+    "shift_mirrored": Augmentation(shift_mirrored, _per_batch(draw_shift), partial(apply_shift, mirrored=True)),
+    "crop": Augmentation(crop, _per_batch(draw_shift), apply_shift),
+    "flip": Augmentation(flip, _chance(0.5), apply_flip),
+    "vflip": Augmentation(vflip, _chance(0.5), partial(apply_flip, axis=-2)),
+    "erase": Augmentation(erase, _per_size(draw_erase), apply_erase),
+    "resized_crop": Augmentation(resized_crop, _per_size(draw_boxes), on_floats(apply_boxes)),
+    "jitter": Augmentation(jitter, _per_batch(draw_jitter), on_floats(apply_jitter)),
+    "grey": Augmentation(grey, _chance(0.2), on_floats(apply_grey)),
+    "blur": Augmentation(blur, _per_batch(draw_blur), on_floats(apply_blur)),
+    "replay": Augmentation(replay_views, _per_batch(draw_replay), apply_replay),
+    "strong": Augmentation(strong, _per_batch(draw_strong), apply_strong),
 }
 COLOURS = ("jitter", "grey", "replay", "strong")  # these need one or three channels
 
@@ -407,8 +512,51 @@ NUMBERS = {  # what the number behind a name means
 }
 
 
-def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Callable[[Batch], Batch]:
-    """The augmentations of these names, one after the other, as a function from batch to batch; none: the batch itself.
+Drawn = Sequence[Any]  # by each augmentation of a pipeline, for one batch
+
+
+class Views:
+    """Augmentations one after the other, as a function from batch to batch; none: the batch itself."""
+
+    def __init__(self, steps: Sequence[tuple[Callable[[Tensor], Any], Callable[[Tensor, Any], Tensor]]]) -> None:
+        self.steps = steps  # what draws, and what applies
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A view of each sample."""
+        return {**batch, "x": self.apply(batch["x"], self.draw(batch))} if self.steps else batch
+
+    def draw(self, batch: Batch) -> Drawn:
+        """Only the random numbers, for `both`."""
+        return [draw(batch["x"]) for draw, _ in self.steps]
+
+    def apply(self, x: Tensor, drawn: Drawn) -> Tensor:
+        """Only the images, with what was drawn for them."""
+        for (_, apply), one in zip(self.steps, drawn, strict=True):
+            x = apply(x, one)
+        return x
+
+    def both(self, first: Batch, drawn: Drawn, second: Batch) -> tuple[Batch, Batch]:
+        """Views of two batches in one go, of the first with what was drawn before; two calls take half as long again.
+
+        What the first draws before the memory, and the second after it, stays as if each were made in its turn.
+        """
+        if not self.steps:
+            return first, second
+        sizes = [batch["x"].shape[1] for batch in (first, second)]
+        together = [_beside(*parts) for parts in zip(drawn, self.draw(second), strict=True)]
+        one, other = torch.split(self.apply(torch.cat([first["x"], second["x"]], 1), together), sizes, 1)
+        return {**first, "x": one}, {**second, "x": other}
+
+
+def _beside(one: Any, other: Any) -> Any:
+    """What was drawn for two batches, as if for one."""
+    if isinstance(one, Tensor):
+        return torch.cat([one, other], 1)
+    return type(one)(*(_beside(*parts) for parts in zip(one, other, strict=True)))
+
+
+def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Views:
+    """The augmentations of these names, one after the other.
 
     A name may carry a number: pixels (`shift:2`, `erase:4`), a probability (`flip:0.3`, `jitter:1`, `blur:0.1`), or
     the smallest area as a share of the image (`resized_crop:0.3`). Without one, the shifts move by up to an eighth of
@@ -416,21 +564,13 @@ def pipeline(names: Sequence[str], rng: Rng, fields: Mapping[str, Field]) -> Cal
 
     Raises: UnknownName; BadConfig for a number that is not allowed, or for samples that cannot be augmented so.
     """
-    if not names:
-        return lambda batch: batch
     shape = fields["x"].shape if "x" in fields else ()
-    steps = [_step(name, rng, shape) for name in names]
-
-    def augment(batch: Batch) -> Batch:
-        x = batch["x"]
-        for step in steps:
-            x = step(x)
-        return {**batch, "x": x}
-
-    return augment
+    return Views([_step(name, rng, shape) for name in names])
 
 
-def _step(full: str, rng: Rng, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _step(
+    full: str, rng: Rng, shape: tuple[int, ...]
+) -> tuple[Callable[[Tensor], Any], Callable[[Tensor, Any], Tensor]]:
     name, colon, text = full.partition(":")
     if name not in AUGMENTATIONS:
         raise UnknownName("augmentation", name, AUGMENTATIONS, "cl-sim list augmentations")
@@ -444,7 +584,8 @@ def _step(full: str, rng: Rng, shape: tuple[int, ...]) -> Callable[[Tensor], Ten
         )
     side = min(shape[1:])
     settings = _settings(name, text, side) if colon else {"pixels": max(1, round(side / 8))} if name in MOVES else {}
-    return partial(AUGMENTATIONS[name], rng=rng, **settings)
+    pixels = {key: value for key, value in settings.items() if key == "pixels"}
+    return partial(AUGMENTATIONS[name].draw, rng, **settings), partial(AUGMENTATIONS[name].apply, **pixels)
 
 
 def _settings(name: str, text: str, side: int) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def _listed(kind: str, folder: Path) -> list[tuple[str, str]]:
     if kind == "augmentations":
         from cl_sim import augment
 
-        return [(name, _first_line(function)) for name, function in augment.AUGMENTATIONS.items()]
+        return [(name, _first_line(made.views)) for name, made in augment.AUGMENTATIONS.items()]
     if kind == "data":
         from cl_sim import sources
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,6 +47,16 @@ def mixed(word: Tensor) -> Tensor:
     return word ^ shift_right(word, 31)
 
 
+def uniform_of(words: Tensor) -> Tensor:
+    """A multiple of 2^-24 in [0, 1) from each random word, as float32.    Shapes: int64 -> same."""
+    return shift_right(words, 40) * 2.0**-24
+
+
+def below_of(words: Tensor, bound: int | Tensor) -> Tensor:
+    """A whole number in [0, bound) from each random word, bound < 2^31.    Shapes: int64 -> same, with bound broadcast."""
+    return (shift_right(words, 32) * bound) >> 32
+
+
 class Rng(nn.Module):
     """Random numbers for R runs. Every method returns a tensor whose first axis is the run.
 
@@ -62,7 +71,6 @@ class Rng(nn.Module):
         keys = torch.tensor([derive(seed, purpose) for seed in seeds], dtype=torch.int64, device=device)
         self.register_buffer("key", keys)
         self.register_buffer("counter", torch.zeros_like(keys))
-        self.ready: Tensor | None = None  # words drawn ahead
 
     @classmethod
     def keyed(cls, keys: Tensor) -> Rng:
@@ -76,35 +84,20 @@ class Rng(nn.Module):
         """How many runs draw from here."""
         return len(self.key)
 
-    @contextmanager
-    def at_once(self, count: int) -> Iterator[None]:
-        """Make the next `count` words per run in one go: the same numbers, a tenth of the calls. All must be used inside."""
-        self.ready = self._words(count)
-        yield
-        assert self.ready is not None
-        assert self.ready.shape[1] == 0, "words drawn ahead were left over"
-        self.ready = None
-
     def bits(self, *shape: int) -> Tensor:
         """64 random bits per element, as int64.    Shapes: -> [R, *shape]."""
         count = math.prod(shape)
-        if self.ready is None:
-            return self._words(count).view(-1, *shape)
-        words, self.ready = torch.split(self.ready, [count, self.ready.shape[1] - count], 1)
-        return words.reshape(-1, *shape)
-
-    def _words(self, count: int) -> Tensor:
         index = torch.arange(1, count + 1, device=self.key.device) + self.counter[:, None]  # [R, N]
         self.counter += count
-        return mixed(index * GOLDEN + self.key[:, None])
+        return mixed(torch.add(self.key[:, None], index, alpha=GOLDEN)).view(self.runs, *shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Multiples of 2^-24 in [0, 1), as float32.    Shapes: -> [R, *shape]."""
-        return shift_right(self.bits(*shape), 40) * 2.0**-24
+        return uniform_of(self.bits(*shape))
 
     def below(self, bound: int | Tensor, *shape: int) -> Tensor:
         """Whole numbers in [0, bound), bound < 2^31 (a tensor broadcasts to [R, *shape]); bias at most bound / 2^32."""
-        return (shift_right(self.bits(*shape), 32) * bound) >> 32
+        return below_of(self.bits(*shape), bound)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 numbers, by Box and Muller.    Shapes: -> [R, *shape]."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl_sim.augment import Views
 from cl_sim.errors import BadConfig
 from cl_sim.rng import Rng, derive
 from cl_sim.runs import Lift
@@ -35,7 +36,7 @@ class Env:
     seeds: tuple[int, ...]  # one per run
     rng: Rng
     device: torch.device
-    augment: Callable[[Batch], Batch]
+    augment: Views
     encoder: Callable[[], Any]
     rebuild: Callable[[Tensor], Batch] | None = None  # samples by their numbers, if the stream can make them again
     pool: Pool | None = None  # all there is, if the stream shows a fixed set of samples again and again

@@ -78,37 +78,38 @@ class HPCR(Strategy):
 
     def observe(self, new: Batch) -> Logs:
         """One gradient step as in PCR, with distillation from the second task on; then remember what the model answered."""
-        views, size = join(new, self.env.augment(new)), new["y"].shape[1]  # [R, 2B], the raw image first
+        drawn, size = self.env.augment.draw(new), new["y"].shape[1]  # drawn before the memory draws
         logs = {name: torch.zeros(self.env.runs, device=self.env.device) for name in ("loss", "distill")}
         for _ in range(self.cfg.replay_steps):
-            fresh = self.features(views)  # a pass of its own: the new samples' BatchNorm statistics
+            old = self.memory.sample(self.cfg.replay)
+            changed, view = self.env.augment.both(new, drawn, self.tricks.harder(old))
+            fresh = self.features(new, changed)  # [R, 2B], a pass of its own: the new samples' BatchNorm statistics
             raw = fresh["f"][:, :size].detach()
             answered = {"feature": raw, "logits": self.scores(raw).detach()}  # before the step
-            old = self.memory.sample(self.cfg.replay)
             if len(self.memory):
-                logs = self.learn(old, fresh)
+                logs = self.learn(old, view, fresh)
         self.memory.add({**new, **answered})
         self.tricks.note(new)
         self.step += 1
         self.onset.tick()
         return {**logs, **self.tricks.tick()}
 
-    def learn(self, old: Batch, fresh: Batch) -> Logs:
+    def learn(self, old: Batch, view: Batch, fresh: Batch) -> Logs:
         """One gradient step on recalled and fresh samples.    Shapes: -> each [R]."""
-        view = self.env.augment(self.tricks.harder(old))
-        twice = join(old, view)  # [R, 2M'], what was stored is the target of both views
-        recalled = self.features(twice)
-        self.tricks.judge(view, self.scores(recalled["f"].detach().chunk(2, 1)[1]))
+        recalled = self.features(old, view)  # [R, 2M']
+        if self.tricks.adaptive is not None:
+            self.tricks.judge(view, self.scores(recalled["f"].detach().chunk(2, 1)[1]))
         both = join(recalled, fresh)
-        distill = self.distill(recalled, twice, both["y"])
+        stored = {name: old[name].repeat(1, 2, 1) for name in ("logits", "feature")}  # the target of both views
+        distill = self.distill(recalled, stored, both["y"])
         loss = temperature_factor(self.step, self.cfg.low, self.cfg.high, self.cfg.period) * self.contrast(both)
         loss = loss + self.onset.weight * distill
         self.descend(loss, self.sgd)
         return {"loss": loss, "distill": distill.detach()}
 
-    def features(self, views: Batch) -> Batch:
-        """Labels and encoder features f of every view.    Shapes: -> y [R, N], f [R, N, D]."""
-        return {"y": views["y"], "f": self.encode(views["x"])}
+    def features(self, raw: Batch, view: Batch) -> Batch:
+        """Labels and encoder features f of raw images, then of their views.    Shapes: [R, N, ...] -> y [R, 2N], f [R, 2N, D]."""
+        return {"y": raw["y"].repeat(1, 2), "f": self.encode(torch.cat([raw["x"], view["x"]], 1))}
 
     def scores(self, features: Tensor) -> Tensor:
         """Scaled cosines to the proxies.    Shapes: [R, N, D] -> [R, N, C]."""
@@ -131,7 +132,7 @@ class HPCR(Strategy):
         """Start to distill; review the memory, if that is asked for."""
         self.onset.boundary()
         for old in self.tricks.review(self.memory):
-            self.descend(REVIEW * self.contrast(self.features(join(old, self.env.augment(old)))), self.sgd)
+            self.descend(REVIEW * self.contrast(self.features(old, self.env.augment(old))), self.sgd)
 
     def predict(self, batch: Batch) -> Tensor:
         """Scaled cosines to the proxies.    Shapes: -> [R, B, C]."""

@@ -66,15 +66,16 @@ class PCR(Strategy):
 
         The very first batch meets an empty memory: it moves the BatchNorm statistics and no weight, as in the authors' code.
         """
-        views = join(new, self.env.augment(new))  # [R, 2B], the raw image first
+        drawn = self.env.augment.draw(new)  # before the memory draws
         loss = torch.zeros(self.env.runs, device=self.env.device)
         for _ in range(self.cfg.replay_steps):
-            fresh = self.features(views)  # a pass of its own: the new samples' BatchNorm statistics
             old = self.memory.sample(self.cfg.replay)
+            changed, view = self.env.augment.both(new, drawn, self.tricks.harder(old))
+            fresh = self.features(new, changed)  # [R, 2B], a pass of its own: the new samples' BatchNorm statistics
             if len(self.memory):
-                view = self.env.augment(self.tricks.harder(old))
-                recalled = self.features(join(old, view))  # [R, 2M']
-                self.judge(view, recalled)
+                recalled = self.features(old, view)  # [R, 2M']
+                if self.tricks.adaptive is not None:
+                    self.judge(view, recalled)
                 loss = self.loss(join(recalled, fresh))
                 self.descend(loss, self.sgd)
         self.memory.add(new)
@@ -88,9 +89,9 @@ class PCR(Strategy):
         )
         self.tricks.judge(view, answers)
 
-    def features(self, views: Batch) -> Batch:
-        """Labels and encoder features f of every view.    Shapes: -> y [R, N], f [R, N, D]."""
-        return {"y": views["y"], "f": self.encode(views["x"])}
+    def features(self, raw: Batch, view: Batch) -> Batch:
+        """Labels and encoder features f of raw images, then of their views.    Shapes: [R, N, ...] -> y [R, 2N], f [R, 2N, D]."""
+        return {"y": raw["y"].repeat(1, 2), "f": self.encode(torch.cat([raw["x"], view["x"]], 1))}
 
     def loss(self, both: Batch) -> Tensor:
         """The contrast of every row with the proxies of the batch.    Shapes: -> [R]."""
@@ -99,7 +100,7 @@ class PCR(Strategy):
     def boundary(self) -> None:
         """Review the memory, if that is asked for."""
         for old in self.tricks.review(self.memory):
-            self.descend(REVIEW * self.loss(self.features(join(old, self.env.augment(old)))), self.sgd)
+            self.descend(REVIEW * self.loss(self.features(old, self.env.augment(old))), self.sgd)
 
     def predict(self, batch: Batch) -> Tensor:
         """Scaled cosines to the proxies.    Shapes: -> [R, B, C]."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_sim import augment
+from cl_sim.constants import constant
 from cl_sim.errors import BadConfig, UnknownName
-from cl_sim.rng import Rng
+from cl_sim.rng import Rng, uniform_of
 from cl_sim.testing import NoHostReads
 from cl_sim.types import Field
 
@@ -69,10 +70,14 @@ def test_vflip_turns_the_drawn_images_upside_down() -> None:
     assert torch.equal(turned, one_by_one(lambda image, r, b: image.flip(1) if drawn[r, b] else image, x))
 
 
+def blurred(sigma: Tensor) -> augment.Blur:
+    return augment.Blur(torch.ones_like(sigma, dtype=torch.bool), sigma)
+
+
 def test_blur_is_a_weighted_mean_of_the_pixels_around() -> None:
     x = pictures(1, 3).double() / 255
     sigma = torch.tensor([[0.4, 1.0, 2.0]], dtype=torch.float64)
-    found = augment.apply_blur(x, sigma)
+    found = augment.apply_blur(x, blurred(sigma))
     for item in range(3):
         for row, column in ((0, 0), (2, 4), (5, 1)):
             weights = {
@@ -83,7 +88,7 @@ def test_blur_is_a_weighted_mean_of_the_pixels_around() -> None:
             mean = sum(w * float(x[0, item, 1, i, j]) for (i, j), w in weights.items()) / sum(weights.values())
             assert float(found[0, item, 1, row, column]) == pytest.approx(mean, abs=1e-9)
     flat = torch.full((1, 2, 3, 6, 5), 0.7)
-    assert_close(augment.apply_blur(flat, torch.tensor([[0.1, 2.0]])), flat)
+    assert_close(augment.apply_blur(flat, blurred(torch.tensor([[0.1, 2.0]]))), flat)
     bytes_, drawn = pictures(2, 40), Rng([0, 1], "t").chance(0.5, 40)
     changed = (augment.blur(bytes_, Rng([0, 1], "t"), sigma=(1.0, 2.0)) != bytes_).flatten(2).any(-1)
     assert torch.equal(changed, drawn)
@@ -95,7 +100,9 @@ def test_blur_equals_torchvisions_away_from_the_border() -> None:
     x = torch.rand(1, 2, 3, 33, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = torch.tensor([[0.5, 1.5]], dtype=torch.float64)
     theirs = one_by_one(lambda image, r, b: functional.gaussian_blur(image, [25, 25], [float(sigma[r, b])]), x)
-    assert_close(augment.apply_blur(x, sigma)[..., 12:-12, 12:-12], theirs[..., 12:-12, 12:-12], rtol=0, atol=1e-9)
+    assert_close(
+        augment.apply_blur(x, blurred(sigma))[..., 12:-12, 12:-12], theirs[..., 12:-12, 12:-12], rtol=0, atol=1e-9
+    )
 
 
 def test_erase_blackens_one_square_and_nothing_else() -> None:
@@ -135,8 +142,81 @@ def test_a_run_sees_the_same_views_alone_and_stacked_without_host_reads(names: t
 
 
 def test_no_augmentation_hands_the_batch_through() -> None:
-    batch = {"x": pictures(1, 2)}
-    assert augment.pipeline((), Rng([0], "t"), FIELDS)(batch) is batch
+    batch, views = {"x": pictures(1, 2)}, augment.pipeline((), Rng([0], "t"), FIELDS)
+    assert views(batch) is batch
+    assert views.both(batch, views.draw(batch), batch) == (batch, batch)
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["bytes", "floats"])
+def test_drawing_and_applying_is_the_whole_view(name: str, dtype: torch.dtype) -> None:
+    kind, rngs, x = augment.AUGMENTATIONS[name], [Rng([0, 1], "t") for _ in range(2)], pictures(2, 30)
+    x = x if dtype == torch.uint8 else augment.to_float(x)
+    settings = {"pixels": 2} if name in (*augment.MOVES, "erase") else {}
+    whole = kind.views(x, rng=rngs[0], **settings)
+    assert torch.equal(whole, kind.apply(x, kind.draw(rngs[1], x, **settings), **settings))
+    assert torch.equal(rngs[0].counter, rngs[1].counter)
+    assert not torch.equal(whole, x)
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_a_name_without_a_number_is_the_view_as_it_is_described(name: str) -> None:
+    x, moves = pictures(1, 30), {"pixels": 1} if name in augment.MOVES else {}  # an eighth of 5 pixels
+    rngs = [Rng([0], "t") for _ in range(2)]
+    whole = augment.AUGMENTATIONS[name].views(x, rng=rngs[0], **moves)
+    assert torch.equal(augment.pipeline((name,), rngs[1], FIELDS)({"x": x})["x"], whole)
+
+
+@pytest.mark.parametrize("second", [0, 1, 6])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("shift", "flip"),
+        ("shift_mirrored", "vflip"),
+        ("erase:3", "crop:1"),
+        ("resized_crop", "jitter", "grey"),
+        ("blur",),
+        ("replay",),
+        ("strong",),
+    ],
+)
+def test_both_views_at_once_are_the_views_made_in_turn(names: tuple[str, ...], second: int) -> None:
+    x, rngs = pictures(2, 4 + second), [Rng([0, 1], "t") for _ in range(2)]
+    new, old = {"x": x[:, :4], "y": torch.zeros(2, 4)}, {"x": x[:, 4:], "slot": torch.ones(2, second)}
+    at_once, in_turn = (augment.pipeline(names, rng, FIELDS) for rng in rngs)
+    drawn, between = at_once.draw(new), rngs[0].bits(3)
+    together = at_once.both(new, drawn, old)
+    one = in_turn(new)
+    assert torch.equal(between, rngs[1].bits(3))
+    other = in_turn(old) if second else old
+    assert torch.equal(rngs[0].counter, rngs[1].counter)
+    for made, expected in zip(together, (one, other), strict=True):
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(made[key], expected[key]) for key in expected)
+
+
+def test_the_words_of_replay_views_are_those_of_their_parts() -> None:
+    one, two = Rng([0, 1], "t"), Rng([0, 1], "t")
+    words = augment.draw_replay(one, 9)
+    sizes, place, mirror, colours, order, grey = torch.split(words, augment.REPLAY_WORDS, -1)
+    boxes = augment.boxes_of(uniform_of(sizes).view(2, 9, augment.TRIES, 2), place, 24, 32)
+    assert torch.equal(boxes, augment.draw_boxes(two, 9, 24, 32))
+    assert torch.equal(uniform_of(mirror)[..., 0], two.uniform(9))
+    jitter = augment.jitter_of(uniform_of(colours), order)
+    assert all(torch.equal(*parts) for parts in zip(jitter, augment.draw_jitter(two, 9), strict=True))
+    assert torch.equal(uniform_of(grey)[..., 0], two.uniform(9))
+    assert torch.equal(one.counter, two.counter)
+
+
+def test_a_constant_is_made_once_and_may_meet_gradients() -> None:
+    with torch.inference_mode():
+        made = constant((1.5, -2.0), torch.device("cpu"))
+    assert constant((1.5, -2.0), torch.device("cpu")) is made
+    assert constant((1.5, -2.0), torch.device("cpu"), torch.float64).dtype == torch.float64
+    leaf = torch.ones(2, requires_grad=True)
+    (leaf * made).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [1.5, -2.0]
 
 
 def test_wrong_words_are_refused_with_what_is_allowed() -> None:

@@ -7,7 +7,7 @@ from bench.learner import Bare, Learner, Pass
 from bench.timing import operators, python_calls
 
 # A small tensor's operator takes 2 to 5 microseconds of one core: 200 of them are under a millisecond.
-BUDGET = {"finetune": 90, "er": 190, "er_ace": 260, "derpp": 450, "scr": 620, "pcr": 850, "hpcr": 1050}
+BUDGET = {"finetune": 85, "er": 170, "er_ace": 240, "derpp": 415, "scr": 520, "pcr": 475, "hpcr": 680}
 
 
 def learner(name: str) -> Learner:

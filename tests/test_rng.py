@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from cl_sim.rng import GOLDEN, MIX_1, MIX_2, Rng, derive
+from cl_sim.rng import GOLDEN, MIX_1, MIX_2, Rng, below_of, derive, uniform_of
 
 MASK = (1 << 64) - 1
 
@@ -24,13 +24,12 @@ def slow_bits(key: int, counter: int) -> int:
 
 def test_words_made_at_once_are_the_words_made_one_by_one() -> None:
     one, two = Rng((3, 5), "check"), Rng((3, 5), "check")
-    with one.at_once(4 * 7 + 4):
-        ahead = one.bits(4, 7), one.uniform(4)
-    behind = two.bits(4, 7), two.uniform(4)
-    assert all(torch.equal(a, b) for a, b in zip(ahead, behind, strict=True))
+    words, shares, whole = torch.split(one.bits(4 * 7 + 4 + 5), [28, 4, 5], 1)
+    assert torch.equal(words.view(2, 4, 7), two.bits(4, 7))
+    assert torch.equal(uniform_of(shares), two.uniform(4))
+    assert torch.equal(below_of(whole, 10), two.below(10, 5))
+    assert two.bits(0, 3).shape == (2, 0, 3)
     assert torch.equal(one.bits(3), two.bits(3))
-    with pytest.raises(AssertionError, match="left over"), one.at_once(5):
-        one.bits(4)
 
 
 def test_bits_equal_the_source_in_plain_integers() -> None:

@@ -72,7 +72,7 @@ class Pixels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features of a batch."""
         if x.dtype == torch.uint8:
-            x = x.float() / 255
+            x = x / 255
         if self.scaled:
             x = (x - self.mean) / self.std
         features: Tensor

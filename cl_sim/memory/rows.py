@@ -186,7 +186,5 @@ def last_wins(slot: Tensor, nowhere: int) -> Tensor:
 
     Shapes: slot [R, n] -> same.
     """
-    n = slot.shape[1]
-    later = torch.ones(n, n, dtype=torch.bool, device=slot.device).triu(1)
-    beaten = ((slot[:, :, None] == slot[:, None, :]) & later).any(2)
-    return slot.masked_fill(beaten, nowhere)
+    beaten_by = (slot[:, :, None] == slot[:, None, :]).triu(1)  # [R, n, n], by later ones only
+    return slot.masked_fill(beaten_by.any(2), nowhere)
