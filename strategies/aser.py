@@ -17,12 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.rows import Rows
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks, in_chunks, refuse_rule
 from cl_sim.runs import evaluating, join, per_run
 from cl_sim.strategy import Env, Strategy

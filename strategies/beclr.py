@@ -27,7 +27,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.optim import SGD
 
 from cl_sim import losses
 from cl_sim.config import at_least, within
@@ -37,7 +36,7 @@ from cl_sim.errors import BadConfig
 from cl_sim.masking import block_mask, erase_patches
 from cl_sim.memory.clustered import Assign, Clustered, label_of, nearest_prototype
 from cl_sim.memory.clusters import memory_rows, nearest_in_cluster
-from cl_sim.optim import Teacher, trainable
+from cl_sim.optim import SGD, Teacher, trainable
 from cl_sim.runs import join, per_run
 from cl_sim.schedules import cosine_value
 from cl_sim.strategy import Env, Strategy

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.gradients import ahead, gradient, put
 from cl_sim.losses import dual_view
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import join, per_run, pick
 from cl_sim.strategy import Env, Strategy

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.config import at_least, within
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.errors import BadConfig
 from cl_sim.gradients import flat, gradient, put, trained
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.runs import per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs

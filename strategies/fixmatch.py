@@ -18,11 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.optim import SGD
 
 from cl_sim import losses
 from cl_sim.consistency import ConsistencyConfig, Pools, classifier, in_one_pass, supervised
-from cl_sim.optim import Average, without_decay_of_norms
+from cl_sim.optim import SGD, Average, without_decay_of_norms
 from cl_sim.runs import per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs

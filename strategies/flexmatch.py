@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from cl_sim import losses
 from cl_sim.adaptive import class_status as class_status
 from cl_sim.adaptive import class_thresholds as class_thresholds
 from cl_sim.config import within
 from cl_sim.consistency import ConsistencyConfig, Pools, classifier, in_one_pass, supervised
-from cl_sim.optim import Average, without_decay_of_norms
+from cl_sim.optim import SGD, Average, without_decay_of_norms
 from cl_sim.runs import per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.greedy import Greedy
-from cl_sim.optim import clip, trainable
+from cl_sim.optim import SGD, clip, trainable
 from cl_sim.runs import Lift, per_run
 from cl_sim.strategy import Env, Strategy
 from cl_sim.types import Batch, Logs

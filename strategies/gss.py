@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.gradients import cosines, gradient
 from cl_sim.memory.diverse import Diverse
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks, refuse_rule
 from cl_sim.runs import evaluating, per_run, pick
 from cl_sim.strategy import Env, Strategy

@@ -18,11 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import Previous, trainable
+from cl_sim.optim import SGD, Previous, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy

@@ -16,7 +16,6 @@ from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from cl_sim.adaptive import class_status as class_status
 from cl_sim.adaptive import class_thresholds as class_thresholds
@@ -25,7 +24,7 @@ from cl_sim.adaptive import update_flags as update_flags
 from cl_sim.adaptive import update_history as update_history
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import per_run
 from cl_sim.strategy import Env, Strategy

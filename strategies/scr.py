@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from cl_sim.config import at_least
 from cl_sim.encoders.classifier import unit
@@ -24,7 +23,7 @@ from cl_sim.encoders.projector import Projector
 from cl_sim.errors import BadConfig
 from cl_sim.losses import supcon, supcon_each
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import REVIEW, ReplayConfig, Tricks
 from cl_sim.runs import join, per_run
 from cl_sim.strategy import Env, Strategy

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from cl_sim import augment
 from cl_sim.encoders.classifier import Classifier
 from cl_sim.errors import BadConfig
 from cl_sim.memory.reservoir import Reservoir
-from cl_sim.optim import trainable
+from cl_sim.optim import SGD, trainable
 from cl_sim.replay import Tricks
 from cl_sim.rng import Rng
 from cl_sim.runs import per_run
