@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cl_sim.constants import constant
 from cl_sim.rng import Rng
 
 TRIES = 4  # boxes drawn for each one wanted beside the instances
@@ -78,7 +79,7 @@ def beside(rng: Rng, boxes: Tensor, count: int, size: Tensor, height: int, width
     frames, tries = boxes.shape[1], TRIES * count
     u = rng.uniform(frames, tries, 4)
     sides = size[:, None, None, None] * (0.7 + 0.6 * u[..., :2])
-    room = torch.tensor([width, height], device=boxes.device) - sides
+    room = constant((width, height), boxes.device, torch.int64) - sides
     corner = u[..., 2:] * room.clamp(min=0)
     drawn = torch.cat([corner, corner + sides], -1)
     free = (overlap(drawn, boxes) < BESIDE).all(-1) & (room >= 0).all(-1)  # [N, T, tries]
@@ -146,7 +147,7 @@ def detected(rng: Rng, true: Candidates, instances: int, scale: float) -> Candid
 
 def _moved(boxes: Tensor, off: Tensor, height: int, width: int) -> Tensor:
     """Boxes with their corners moved, inside the picture, at least a pixel wide; no box stays none."""
-    size = torch.tensor([width, height], device=boxes.device)
+    size = constant((width, height), boxes.device, torch.int64)
     low = torch.minimum((boxes[..., :2] + off[..., :2]).clamp(min=0), size - 1)
     high = torch.minimum(torch.maximum(boxes[..., 2:] + off[..., 2:], low + 1), size)
     return torch.cat([low, high], -1) * (boxes[..., 2:3] > boxes[..., :1])

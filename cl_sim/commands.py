@@ -127,6 +127,8 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     settings["device"] = pick_device(options["device"] or settings.get("device", "auto"))
     if options["precision"]:
         settings["precision"] = options["precision"]
+    if options["capture"]:
+        settings["capture"] = True
     encoder = dict(settings.get("encoder", {}))
     if options["encoder_frozen"]:
         encoder["frozen"] = True
@@ -540,6 +542,7 @@ def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any])
         "stack": before["stack"],
         "encoder_frozen": False,
         "precision": "",
+        "capture": False,
     }
     return configurations((), words)[0]
 

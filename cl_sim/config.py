@@ -51,6 +51,7 @@ class RunConfig:
     stack: int = 1  # runs trained side by side in one process
     threads: int = 1  # CPU threads per process
     precision: Literal["float32", "bf16"] = "float32"  # of what the encoder computes; all else stays in float32
+    capture: bool = False  # on a GPU: replay steady steps as one CUDA graph
     device: str = "cpu"  # cpu, cuda or cuda:N
     data: str = ""  # folder with the data sets; empty: CL_SIM_DATA, then the user's cache folder
     flush_every: int = 50  # steps between reads of the logs
@@ -58,6 +59,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(self, stack=1, threads=1, flush_every=1, save_every=1)
+        if self.capture and not self.device.startswith("cuda"):
+            raise BadConfig(f"capture is on, but a run on device '{self.device}' has no CUDA graphs; leave it out")
         if not self.seeds:
             raise BadConfig("seeds is empty; give at least one: --seeds 0-4")
         if len(set(self.seeds)) < len(self.seeds):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_sim import checkpoint, measure, selection
+from cl_sim.capture import Captured
 from cl_sim.clock import Clock
 from cl_sim.errors import Diverged
 from cl_sim.measure import TESTED
@@ -134,10 +135,12 @@ def run(
     *,
     stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda line: None,
+    learner: Captured | None = None,
 ) -> Progress | None:
     """Replay the stream from the newest usable checkpoint, or from the start.
 
     `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
+    `learner` makes the strategy's steps in its place, say by replaying them.
     A run whose logs are not finite is lost: its numbers are NaN from then on, the runs beside it go on. Where the stream
     lets runs stop early, each ends with the weights of its best pass.
 
@@ -155,7 +158,7 @@ def run(
     strategy.train()
     if progress.next_step == 0:
         _evaluate(stream, strategy, journal, progress, best, step=-1, full=False)
-    clock = Clock(strategy.env.device)
+    learns, clock = learner or strategy, Clock(strategy.env.device)
     for step in range(progress.next_step, plan.steps):
         if progress.over(strategy.env.runs):
             break
@@ -163,9 +166,9 @@ def run(
         if plan.tests(step):
             with clock.paused():
                 meter.add(step, test(strategy, batch, truth(stream, step, batch)))
-        meter.add(step, strategy.observe(batch))
+        meter.add(step, learns.observe(batch))
         if stream.announces and stream.ends_task(step):
-            strategy.boundary()
+            learns.boundary()
         if plan.evaluates(step):
             with clock.paused():
                 _evaluate(stream, strategy, journal, progress, best, step=step, full=step in plan.full)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cl_sim.constants import constant
 from cl_sim.rng import Rng
 
 
@@ -69,7 +70,7 @@ class Recipe(NamedTuple):
 def draw_strong(rng: Rng, batch: int) -> Recipe:
     """Operations with replacement, all equally likely; magnitudes uniform in the operation's range; a square anywhere."""
     kind = rng.below(len(POOL), batch, DRAWN)
-    low, high = torch.tensor(list(POOL.values()), dtype=torch.float64, device=kind.device).T[:, kind]  # [R, B, 3] each
+    low, high = constant(tuple(POOL.values()), kind.device, torch.float64).T[:, kind]  # [R, B, 3] each
     share = rng.uniform(batch, DRAWN + 3).double()
     magnitude = low + (high - low) * share[..., :DRAWN]
     return Recipe(kind, magnitude, LARGEST_SQUARE * share[..., DRAWN], share[..., DRAWN + 1 :])
@@ -219,7 +220,7 @@ def apply_cutout(x: Tensor, side: Tensor, centre: Tensor) -> Tensor:
     row, column = (torch.arange(size, device=x.device) for size in (height, width))
     rows = (row >= top) & (row <= bottom)  # [R, B, H]
     columns = (column >= left) & (column <= right)  # [R, B, W]
-    colour = torch.tensor(SQUARE, dtype=torch.uint8, device=x.device)[:, None, None]
+    colour = constant(SQUARE, x.device, torch.uint8)[:, None, None]
     colour = colour if x.shape[2] == 3 else greys(colour[None, None])[0, 0]
     return torch.where((rows[..., :, None] & columns[..., None, :])[:, :, None], colour, x)
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cl_sim import augment, encoders, measure, registry, selection, store
+from cl_sim.capture import Captured
 from cl_sim.config import RunConfig, from_dict
 from cl_sim.engine import Place, Plan, Progress, run
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
@@ -154,7 +155,8 @@ def _journaled(
     try:
         stream = build_stream(config, seeds)
         strategy = build_strategy(config, stream, seeds)
-        progress = run(stream, strategy, plan_of(config, stream), journal, place, stop=stop, note=note)
+        learner = Captured(strategy, note=note) if config.capture else None
+        progress = run(stream, strategy, plan_of(config, stream), journal, place, stop=stop, note=note, learner=learner)
     except Exception as error:
         reason = str(error) if isinstance(error, ClSimError) else f"{type(error).__name__}: {error}"
         journal.end("failed", reason)

@@ -25,15 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cl_sim import checkpoint, registry, session
+from cl_sim.capture import Captured
 from cl_sim.config import from_dict, merge
 from cl_sim.engine import evaluate
 from cl_sim.strategy import Strategy
 from cl_sim.stream import Stream
 from cl_sim.toy_clips import ToyClips, ToyClipsConfig
+from cl_sim.types import Batch, Logs
 
 aten = torch.ops.aten
 HOST_READS = frozenset(
     {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_dim", "equal"}
+    | {"lift_fresh"}  # numbers of the host become a tensor: a copy to the device, which a graph cannot hold
 )
 TOLERANCE = 1e-3  # stacked against alone: float32 sums in another order, over some dozen steps
 
@@ -134,6 +137,36 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A recorded step on a CPU, as a CUDA graph would hold it: the same operators on the same memory, with no Python between.
+
+    Whatever the host decided or counted in the step that was recorded, stays so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # operator, arguments, keywords, result
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make the call and keep everything that it met."""
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def first(self, step: Callable[[], Logs]) -> Logs:
+        """Record."""
+        with self:
+            return step()
+
+    @torch.no_grad()
+    def again(self) -> None:
+        """Make the recorded calls; what they return goes where it went the first time."""
+        for func, args, kwargs, result in self.calls:
+            for before, now in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(before, Tensor) and before.data_ptr() != now.data_ptr():
+                    before.copy_(now)
+
+
 def first_steady_step(made: Toy) -> int | None:
     """Train until the strategy says it is steady; that step's number, or None if it never is."""
     for step in range(len(made.stream) - 2):
@@ -155,27 +188,28 @@ def resumes_bit_for_bit(make: Make) -> None:
         train(made, half, len(made.stream))
     _same_state(whole.strategy.state_dict(), again.strategy.state_dict(), "state")
     batch = whole.stream.batch(0)
-    answers = []
-    for made in (whole, again):
-        made.strategy.eval()
-        with torch.inference_mode():
-            answers.append(made.strategy.predict(batch))
-    assert torch.equal(*answers), "predictions differ after a resume"
+    assert torch.equal(_answer(whole, batch), _answer(again, batch)), "predictions differ after a resume"
 
 
-def _same_state(one: Any, two: Any, where: str) -> None:
+def _answer(made: Toy, batch: Batch) -> Tensor:
+    made.strategy.eval()
+    with torch.inference_mode():
+        return made.strategy.predict(batch)
+
+
+def _same_state(one: Any, two: Any, where: str, when: str = "after a resume") -> None:
     if isinstance(one, Mapping):
-        assert one.keys() == two.keys(), f"{where} has other keys after a resume"
+        assert one.keys() == two.keys(), f"{where} has other keys {when}"
         for key in one.keys() - {"pickle"}:  # equal objects may pickle to different bytes
-            _same_state(one[key], two[key], f"{where}.{key}")
+            _same_state(one[key], two[key], f"{where}.{key}", when)
     elif isinstance(one, list | tuple):
-        assert len(one) == len(two), f"{where} has another length after a resume"
+        assert len(one) == len(two), f"{where} has another length {when}"
         for number, (left, right) in enumerate(zip(one, two, strict=True)):
-            _same_state(left, right, f"{where}[{number}]")
+            _same_state(left, right, f"{where}[{number}]", when)
     elif isinstance(one, Tensor):
-        assert torch.equal(one, two), f"{where} differs after a resume"
+        assert torch.equal(one, two), f"{where} differs {when}"
     else:
-        assert one == two, f"{where} differs after a resume"
+        assert one == two, f"{where} differs {when}"
 
 
 def runs_do_not_touch_each_other(make: Make) -> None:
@@ -220,6 +254,23 @@ def keeps_its_shapes_once_steady(make: Make) -> None:
     for one, two in zip(*traces, strict=False):
         assert one == two, f"a steady step changed: {one} became {two}"
     assert len(traces[0]) == len(traces[1]), "a steady step made another number of calls"
+
+
+def replays_as_it_steps(make: Make) -> None:
+    """Steady steps that are recorded and replayed without Python end in the same state as steps that are run."""
+    run, replayed = make((0,)), make((0,))
+    train(run, 0, len(run.stream))
+    learner = Captured(replayed.strategy, Tape, warm_up=1)
+    replayed.strategy.train()
+    for step in range(len(replayed.stream)):
+        learner.observe(replayed.stream.batch(step))
+        if replayed.stream.announces and replayed.stream.ends_task(step):
+            learner.boundary()
+    assert not learner.given_up, learner.given_up
+    assert learner.replays or first_steady_step(make((0,))) is None, "it is steady, but no step was replayed"
+    _same_state(run.strategy.state_dict(), replayed.strategy.state_dict(), "state", "where steps are replayed")
+    batch = run.stream.batch(0)
+    assert torch.equal(_answer(run, batch), _answer(replayed, batch)), "predictions differ where steps are replayed"
 
 
 def leaves_its_batch_unchanged(make: Make) -> None:
@@ -287,6 +338,7 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     runs_do_not_touch_each_other,
     never_reads_the_host_once_steady,
     keeps_its_shapes_once_steady,
+    replays_as_it_steps,
     leaves_its_batch_unchanged,
     predicting_changes_nothing,
     draws_only_from_its_rng,

@@ -84,6 +84,17 @@ class ForgetsItsCounter(ER):
         return super().observe(new)
 
 
+class IsNeverReplayed(ER):
+    """Steady at the first question in each task, and never when it would be recorded."""
+
+    asked = 0
+
+    @property
+    def steady(self) -> bool:
+        self.asked += 1
+        return super().steady and self.asked < 4
+
+
 class Guesses(ER):
     def predict(self, batch: Batch) -> Tensor:
         return torch.zeros(*batch["y"].shape, self.env.classes)
@@ -108,6 +119,8 @@ CAUGHT = [
     (WritesIntoItsBatch, testing.leaves_its_batch_unchanged),
     (DrawsGlobally, testing.draws_only_from_its_rng),
     (ForgetsItsCounter, testing.resumes_bit_for_bit),
+    (ForgetsItsCounter, testing.replays_as_it_steps),
+    (IsNeverReplayed, testing.replays_as_it_steps),
     (Guesses, testing.learns_a_toy_stream),
     (ChangesInPredict, testing.predicting_changes_nothing),
     (GrowsItsBatch, testing.keeps_its_shapes_once_steady),

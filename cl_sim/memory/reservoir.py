@@ -56,12 +56,6 @@ class Reservoir(Rows):
             self.seen -= left_out
             self.skipped += left_out
 
-    def valid(self) -> Tensor:
-        """Which rows are filled.    Shapes: -> [R, M] bool."""
-        if not self.skips:
-            return super().valid()
-        return torch.arange(self.capacity, device=self.run.device) < self.seen[:, None]
-
     def recount(self) -> None:
         """Rebuild the host's count after loading."""
         super().recount()

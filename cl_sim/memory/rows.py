@@ -102,7 +102,7 @@ class Rows(nn.Module):
 
     def valid(self) -> Tensor:
         """Which rows are filled.    Shapes: -> [R, M] bool."""
-        return (torch.arange(self.capacity, device=self.run.device) < len(self)).expand(len(self.run), -1)
+        return torch.arange(self.capacity, device=self.run.device) < self.seen[:, None]
 
     def sample(self, n: int, only: Tensor | None = None, exclude: Tensor | None = None) -> Batch:
         """Draw min(n, len) rows per run, none twice, each equally likely.

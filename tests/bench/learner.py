@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cl_sim import encoders, registry, session
+from cl_sim.capture import Captured
 from cl_sim.config import from_dict, merge
 from cl_sim.encoders.base import Pixels
 from cl_sim.encoders.classifier import Classifier
@@ -30,7 +31,14 @@ class Learner:
     """A strategy that has come to its steady state; `step` gathers the next batch and learns it."""
 
     def __init__(
-        self, name: str, settings: Mapping[str, Any], *, device: str = "cpu", runs: int = 1, precision: str = "float32"
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        device: str = "cpu",
+        runs: int = 1,
+        precision: str = "float32",
+        captured: bool = False,
     ) -> None:
         base = {
             "strategy": {"name": name},
@@ -46,6 +54,7 @@ class Learner:
         self.stream = session.build_stream(config, config.seeds)
         self.strategy = session.build_strategy(config, self.stream, config.seeds)
         self.strategy.train()
+        self.learns = Captured(self.strategy) if captured else self.strategy
         self.steps = count()
 
     def settle(self) -> Learner:
@@ -57,7 +66,7 @@ class Learner:
 
     def step(self) -> None:
         """Learn one batch, with all that belongs to it."""
-        self.strategy.observe(self.stream.batch(next(self.steps) % len(self.stream)))
+        self.learns.observe(self.stream.batch(next(self.steps) % len(self.stream)))
 
     def passes(self) -> list[Pass]:
         """The passes that the images of one step make through the encoder."""

@@ -195,6 +195,31 @@ def void(anything: object) -> None:
     """Drop a result."""
 
 
+def captured(device: str) -> dict[str, Any]:
+    """Steps replayed as one CUDA graph against the same steps run. Only on a GPU."""
+    return {
+        "title": "Captured steps",
+        "note": "Reduced ResNet-18, 32x32 images, batches of 10: milliseconds of a step as it is run and as one CUDA graph.",
+        "columns": ["strategy", "replay", "runs", "run ms", "captured ms", "run / captured"],
+        "rows": [
+            [name, replay, runs, *in_process(one_captured, name, replay, runs, device)]
+            for name in STRATEGIES
+            for replay in ((0,) if name == "finetune" else (10, 100))
+            for runs in (1, 16)
+        ],
+    }
+
+
+def one_captured(name: str, replay: int, runs: int, device: str) -> Row:
+    """One row: both kinds of step in turns."""
+    cases = {
+        kind: Learner(name, settings(name, replay), device=device, runs=runs, captured=kind == "captured").settle().step
+        for kind in ("run", "captured")
+    }
+    times = alternate(cases, torch.device(device))
+    return [*(round(milliseconds(times[kind]), 3) for kind in cases), round(ratio(times["run"], times["captured"]), 2)]
+
+
 def stacks(device: str) -> dict[str, Any]:
     """Many seeds in one process."""
     return {
@@ -331,8 +356,9 @@ def started(code: str) -> float:
 
 
 TABLES: dict[str, Callable[[str], dict[str, Any]]] = {
-    made.__name__: made for made in (steps, methods, overhead, stacks, evaluation, long, start)
+    made.__name__: made for made in (steps, methods, overhead, stacks, captured, evaluation, long, start)
 }
+GPU_ONLY = ("captured",)
 
 
 def in_process(measure: Callable[..., Any], *words: Any) -> Any:
@@ -359,7 +385,7 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     device = torch.device(asked.device)
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {"tables": {}}
-    for name in asked.only or TABLES:
+    for name in asked.only or (name for name in TABLES if device.type == "cuda" or name not in GPU_ONLY):
         machine = store.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
         origin = {"commit": store.commit(), "machine": machine, "torch": torch.__version__}
         known["tables"][name] = {**TABLES[name](asked.device), **origin}

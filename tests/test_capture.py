@@ -1,0 +1,178 @@
+"""Replayed steps: the same journal and state as steps that are run, and what happens where they cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cl_sim import capture, engine, testing
+from cl_sim.capture import Captured, CudaGraph
+from cl_sim.config import merge
+from cl_sim.engine import Place, Plan
+from cl_sim.errors import BadConfig
+from cl_sim.testing import Tape
+from cl_sim.tracking.journal import Journal, read
+from cl_sim.types import Logs
+from strategies.er import ER
+
+TIMED = ("samples_per_second", "seconds", "time")
+PLAIN = {"augment": []}
+
+
+def train(
+    folder: Path, name: str, seeds: tuple[int, ...], settings: dict[str, Any], replayed: bool, stop_at: int
+) -> Any:
+    """A whole stream through the engine, stopped once and resumed; the strategy and its journal."""
+    folder.mkdir()
+    for steps in (stop_at, 10**6):
+        made = testing.toy(name, seeds, settings)
+        learner = Captured(made.strategy, Tape, warm_up=1) if replayed else None
+        through_the_engine(folder, made, learner, steps)
+        if learner is not None:
+            assert not learner.given_up
+            assert learner.replays > 5
+    return made.strategy, [
+        line for line in read(folder / "journal.jsonl")[0] if line["kind"] in ("curve", "evaluation")
+    ]
+
+
+def through_the_engine(folder: Path, made: testing.Toy, learner: Captured | None, steps: int) -> None:
+    plan = Plan.of(made.stream, per_task=4, prequential=5, flush_every=7, save_every=9)
+    left = iter(range(steps, -1, -1))
+    with Journal(folder / "journal.jsonl") as journal:
+        place = Place(folder, "test")
+        engine.run(made.stream, made.strategy, plan, journal, place, learner=learner, stop=lambda: next(left) == 0)
+
+
+def without_times(line: Any) -> Any:
+    if isinstance(line, dict):
+        return {key: without_times(value) for key, value in line.items() if key not in TIMED}
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "settings"),
+    [
+        ("er", (0,), PLAIN),
+        ("er", (0, 1), PLAIN),
+        ("er", (0,), PLAIN | {"precision": "bf16"}),
+        ("hpcr", (0, 1), {"strategy": {"lr": 0.01, "capacity": 40}}),
+        ("scr", (0,), {"strategy": {"capacity": 120}}),
+    ],
+    ids=["er", "two runs", "bf16", "hpcr", "scr"],
+)
+def test_a_replayed_stream_has_the_journal_and_state_of_one_that_is_run(
+    tmp_path: Path, name: str, seeds: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    run, lines = train(tmp_path / "run", name, seeds, settings, replayed=False, stop_at=28)
+    replayed, others = train(tmp_path / "replayed", name, seeds, settings, replayed=True, stop_at=28)
+    assert [without_times(line) for line in lines] == [without_times(line) for line in others]
+    assert len(run.memory) == len(replayed.memory)
+    assert run.memory.offered == replayed.memory.offered
+    for key, value in run.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, replayed.state_dict()[key]), key
+
+
+class Spoils(Tape):
+    """Records, and moves a weight on the way."""
+
+    spoiled: ER
+
+    def first(self, step: Callable[[], Logs]) -> Logs:
+        logs = super().first(step)
+        with torch.no_grad():
+            next(self.spoiled.parameters()).add_(0.1)
+        return logs
+
+
+class Fails(Tape):
+    """Has made half of the step when it is refused."""
+
+    def first(self, step: Callable[[], Logs]) -> Logs:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [(Spoils, "a replayed step differs from the same step run, in net."), (Fails, "recording failed: operation not")],
+)
+def test_a_step_that_cannot_be_replayed_is_run_on_as_if_nothing_had_happened(graph: type[Tape], why: str) -> None:
+    run, tried = testing.toy("er", (0,), PLAIN), testing.toy("er", (0,), PLAIN)
+    Spoils.spoiled = tried.strategy
+    told: list[str] = []
+    learner = Captured(tried.strategy, graph, warm_up=1, note=told.append)
+    for made, learns in ((run, run.strategy), (tried, learner)):
+        made.strategy.train()
+        for step in range(12):
+            logs = learns.observe(made.stream.batch(step))
+    assert learner.given_up.startswith(why)
+    assert told == [f"steps are not captured: {learner.given_up}"]
+    assert "\n" not in told[0]
+    for key, value in run.strategy.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, tried.strategy.state_dict()[key]), key
+    assert run.strategy.memory.offered == tried.strategy.memory.offered == 120
+    assert float(logs["loss"].detach()) > 0
+
+
+def test_steps_that_are_never_steady_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "UNSTEADY", 6)
+    monkeypatch.setattr(ER, "steady", False)
+    made, told = testing.toy("er", (0,), PLAIN), []
+    learner = Captured(made.strategy, Tape, note=told.append)
+    for step in range(20):
+        learner.observe(made.stream.batch(step))
+    assert told == ["none of the first 6 steps was steady; steps are replayed once they are"]
+
+
+def test_a_boundary_makes_the_next_step_record_anew() -> None:
+    made = testing.toy("er", (0,), PLAIN)
+    learner = Captured(made.strategy, Tape, warm_up=2)
+    counts = []
+    for step in range(12):
+        learner.observe(made.stream.batch(step))
+        counts.append(learner.replays)
+        if step == 6:
+            learner.boundary()
+    assert counts == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 4, 5]  # not steady, two to warm up, one recorded; after 6 again
+
+
+def test_logs_and_states_are_compared_by_name() -> None:
+    one = {"a": torch.ones(3), "b": [{"c": torch.zeros(2)}, 5]}
+    other = {"a": torch.ones(3), "b": [{"c": torch.tensor([0.0, 0.1])}, 5]}
+    assert capture.differs(one, one) == ""
+    assert capture.differs(one, other) == "b[0].c"
+    lost = {"a": torch.full((3,), np.nan)}
+    assert capture.differs(lost, lost) == ""
+    assert capture.differs({"a": torch.ones(3)}, lost) == "a"
+
+
+def test_capture_on_a_cpu_is_refused() -> None:
+    with pytest.raises(BadConfig, match=r"capture is on.*'cpu'.*leave it out"):
+        testing.toy("er", (0,), {"capture": True})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["finetune", "er", "er_ace", "derpp", "pcr", "hpcr", "scr"])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2, 3)], ids=["one run", "four runs"])
+def test_a_cuda_graph_steps_as_the_strategy_does(name: str, seeds: tuple[int, ...]) -> None:
+    settings = merge({"device": "cuda", "encoder": {"name": "reduced_resnet18", "width": 8}}, {})
+    run, replayed = testing.toy(name, seeds, settings), testing.toy(name, seeds, settings)
+    learner = Captured(replayed.strategy, CudaGraph)
+    for made, learns in ((run, run.strategy), (replayed, learner)):
+        made.strategy.train()
+        for step in range(len(made.stream)):
+            learns.observe(made.stream.batch(step))
+            if made.stream.ends_task(step):
+                learns.boundary()
+    assert not learner.given_up
+    assert learner.replays > 10
+    assert not capture.differs(run.strategy.state_dict(), replayed.strategy.state_dict())
