@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_sim.ahead import Ahead
 from cl_sim.errors import BadData
 
 Progress = Callable[[int, int], None]  # images decoded, images in all
@@ -141,31 +143,47 @@ def _mapped(place: Path, name: str) -> DataSet:
 class Resident:
     """Rows that can be gathered on a device.
 
-    On a CPU they stay memory-mapped. On a GPU they move there whole if they take at most half of what is free (or `room` bytes),
-    else each batch is copied from pinned host memory.
+    On a CPU they stay memory-mapped. On a GPU they move there whole if there is room, else they stay mapped, too, and come
+    batch by batch, ahead of their steps.
     """
 
-    def __init__(self, x: NDArray[Any], device: torch.device, room: int | None = None) -> None:
+    def __init__(self, x: NDArray[Any], device: torch.device) -> None:
         rows = torch.from_numpy(np.asarray(x))
         self.device = device
-        if device.type == "cuda":
-            free = int(ROOM_SHARE * torch.cuda.mem_get_info(device)[0]) if room is None else room
-            rows = rows.to(device) if rows.nbytes <= free else rows.pin_memory()
-        self.rows = rows
-
-    @property
-    def on_device(self) -> bool:
-        """Do the rows rest on the device?"""
-        return self.rows.device.type == self.device.type
+        self.on_device = rows.nbytes <= room(device)  # do the rows rest there?
+        self.rows = rows.to(device) if self.on_device else rows
 
     def gather(self, index: Tensor) -> Tensor:
-        """Pick rows.    Shapes: index [R, B] -> [R, B, *shape]."""
-        flat = index.reshape(-1)
-        if self.on_device:
-            picked = self.rows.index_select(0, flat)
-        else:
-            picked = self.rows.index_select(0, flat.cpu()).pin_memory().to(self.device, non_blocking=True)
+        """Pick rows. Where they do not rest on the device the host waits for it to read their numbers.
+
+        Shapes: index [R, B] -> [R, B, *shape].
+        """
+        picked = self.rows.index_select(0, index.reshape(-1).to(self.rows.device)).to(self.device)
         return picked.view(*index.shape, *self.rows.shape[1:])
+
+    def ahead(self, numbers: Callable[[int], Tensor], steps: int) -> Ahead | None:
+        """The rows of each step, by numbers that the host knows; None where they rest on the device and need only a gather."""
+        return None if self.on_device else Ahead(self.rows, self.device, numbers, steps)
+
+    def chunks(self, index: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pick rows, so many at a time, by numbers that the host knows.
+
+        Shapes: index [R, N] on the host -> pairs of index [R, size] and rows [R, size, *shape] on the device.
+        """
+        known = torch.split(index, size, dim=1)
+        there = torch.split(index.to(self.device, non_blocking=True), size, dim=1)
+        stream = self.ahead(known.__getitem__, len(known))
+        try:
+            for number, part in enumerate(there):
+                yield part, self.gather(part) if stream is None else stream.take(number)
+        finally:
+            if stream is not None:
+                stream.close()
+
+
+def room(device: torch.device) -> int:
+    """How many bytes of a data set may move to a device; no limit on a CPU, where nothing moves."""
+    return int(ROOM_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else sys.maxsize
 
 
 def check_labels(y: NDArray[np.int64], where: str) -> None:

@@ -6,8 +6,8 @@ at each step is one gather.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from cl_sim.types import Batch, Field
 
 CHUNK = {"cpu": 100, "cuda": 1000}  # samples evaluated at once; on 2 cores 100 takes 1.9 ms an image, 500 takes 2.5
 INT = torch.int64
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,19 @@ class Schedule:
     labels: NDArray[np.int64]  # [R, N]; may differ from the set's own (noise)
     ends: tuple[int, ...]  # the last step of each task
     repeats: Repeats | None = None
+
+    def part(self, step: int, batch: int, *columns: Tensor) -> list[Tensor]:
+        """What one step of so many samples has of columns.    Shapes: [R, N] each -> [R, B] each."""
+        if self.repeats is None:
+            return [column[:, step * batch : (step + 1) * batch] for column in columns]
+        place = self.repeats.places(step)
+        return [column.gather(1, place) for column in columns]
+
+    def row_numbers(self, batch: int) -> Callable[[int], Tensor]:
+        """The rows of a step of so many samples, found on the host, in any thread.    Shapes: -> [R, B]."""
+        own = self if self.repeats is None else replace(self, repeats=self.repeats.on(HOST))
+        rows = torch.as_tensor(self.rows)
+        return lambda step: own.part(step, batch, rows)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +73,19 @@ class IndexedHoldout:
         runs, classes = splits.of_class.shape
         self.labels = torch.as_tensor(y, device=device)
         self.of_class = torch.as_tensor(splits.of_class, device=device)  # [R, C]
-        self.all_rows = torch.arange(len(y), device=device).expand(runs, -1)  # [R, N]
+        self.all_rows = torch.arange(len(y)).expand(runs, -1)  # [R, N], on the host, as are the few
         few = _balanced_rows(y, classes, subset)
         by_time = splits.since[np.arange(runs)[:, None], splits.of_class[:, y[few]]]  # [R, Q]
         order = np.argsort(by_time, axis=1, kind="stable")
-        self.few_rows = torch.as_tensor(few[order], device=device)
+        self.few_rows = torch.as_tensor(few[order])
         self.few_since = np.take_along_axis(by_time, order, 1)
 
     def chunks(self, step: int, full: bool) -> Iterator[Batch]:
         """Evaluation batches with keys x, y, index, split."""
         rows = self.all_rows if full else self.few_rows[:, : int((self.few_since <= step).sum(1).max())]
-        for part in torch.split(rows, CHUNK[self.device.type], dim=1):
+        for part, x in self.test.chunks(rows, CHUNK[self.device.type]):
             y = self.labels[part]
-            yield {"x": self.test.gather(part), "y": y, "index": part, "split": self.of_class.gather(1, y)}
+            yield {"x": x, "y": y, "index": part, "split": self.of_class.gather(1, y)}
 
 
 def _balanced_rows(y: NDArray[np.int64], classes: int, subset: int) -> NDArray[np.int64]:
@@ -108,6 +122,7 @@ class IndexedStream:
         self.steps = schedule.rows.shape[1] // batch_size if repeats is None else len(repeats)
         self.samples = self.steps * batch_size
         self.train = Resident(data.train.x, device)
+        self.ahead = self.train.ahead(schedule.row_numbers(batch_size), self.steps)
         dtype = torch.uint8 if data.train.x.dtype == np.uint8 else torch.float32
         shape = data.train.x.shape[1:]
         self.fields: Mapping[str, Field] = {"x": Field(shape, dtype), "y": Field((), INT), "index": Field((), INT)}
@@ -125,14 +140,12 @@ class IndexedStream:
     def batch(self, step: int) -> Batch:
         """The samples of one step."""
         rows, y = self.part(step, self.rows, self.labels)
-        return {"x": self.train.gather(rows), "y": y, "index": rows}
+        x = self.train.gather(rows) if self.ahead is None else self.ahead.take(step)
+        return {"x": x, "y": y, "index": rows}
 
     def part(self, step: int, *columns: Tensor) -> list[Tensor]:
         """What one step has of columns of the schedule.    Shapes: [R, N] each -> [R, B] each."""
-        if self.schedule.repeats is None:
-            return [column[:, step * self.batch_size : (step + 1) * self.batch_size] for column in columns]
-        place = self.schedule.repeats.places(step)
-        return [column.gather(1, place) for column in columns]
+        return self.schedule.part(step, self.batch_size, *columns)
 
     def truth(self, step: int) -> Tensor:
         """The labels of one step, without its samples.    Shapes: -> [R, B]."""

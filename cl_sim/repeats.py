@@ -36,12 +36,19 @@ class Repeats:
         self.seeds, self.sizes, self.batch, self.replacement, self.device = seeds, sizes, batch, replacement, device
         self.first_place = np.cumsum([0, *sizes])
         self.first_step = np.cumsum([0, *steps])
+        self.steps = steps
         self.draw = Rng(seeds, "drawn samples", device)
         self.order: tuple[tuple[int, int], Tensor] = ((-1, -1), torch.empty(0))
 
     def __len__(self) -> int:
         """Number of steps."""
         return int(self.first_step[-1])
+
+    def on(self, device: torch.device) -> Repeats:
+        """The same on another device, or for another thread: what is kept of it is its own."""
+        return Repeats(
+            self.seeds, self.sizes, self.steps, batch=self.batch, replacement=self.replacement, device=device
+        )
 
     def places(self, step: int) -> Tensor:
         """Where the samples of this step lie.    Shapes: -> [R, B] int64."""

@@ -99,16 +99,15 @@ class ExperienceHoldout:
         self.test, self.device, self.runs = Resident(x, device), device, runs
         self.y, self.split = torch.as_tensor(y, device=device), torch.as_tensor(split, device=device)
         few = host_rng(0, "evaluation subset").permutation(len(y))[:subset]
-        self.all_rows = torch.arange(len(y), device=device)
-        self.few_rows = torch.as_tensor(few[np.argsort(since[split[few]], kind="stable")], device=device)
+        self.all_rows = torch.arange(len(y))  # on the host, as are the few
+        self.few_rows = torch.as_tensor(few[np.argsort(since[split[few]], kind="stable")])
         self.few_since = np.sort(since[split[few]])
 
     def chunks(self, step: int, full: bool) -> Iterator[Batch]:
         """Evaluation batches with keys x, y, index, split."""
         rows = self.all_rows if full else self.few_rows[: int((self.few_since <= step).sum())]
-        for part in torch.split(rows, CHUNK[self.device.type]):
-            index = part.expand(self.runs, -1)
-            yield {"x": self.test.gather(index), "y": self.y[index], "index": index, "split": self.split[index]}
+        for index, x in self.test.chunks(rows.expand(self.runs, -1), CHUNK[self.device.type]):
+            yield {"x": x, "y": self.y[index], "index": index, "split": self.split[index]}
 
 
 def classic(cfg: AvalancheConfig, data: str) -> Any:

@@ -76,19 +76,17 @@ class Fewshot:
         self.number, self.known = (torch.as_tensor(one, device=device) for one in (number, known))  # [R, rows]
         novel = few_of_each(getattr(found, cfg.novel), found.y, cfg.novel_per_class)
         self.novel = Novel(found.x[novel], found.y[novel], cfg, len(seeds), device)
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.passes = Passes(seeds, len(rows), cfg.batch, device)
+        self.ahead = self.images.ahead(Passes(seeds, len(rows), cfg.batch, torch.device("cpu")).rows, len(self))
 
     def __len__(self) -> int:
         return self.per_pass * self.cfg.passes
 
     def batch(self, step: int) -> Batch:
         """The images of one step."""
-        turn, place = divmod(step, self.per_pass)
-        if self.order[0] != turn:
-            orders = [host_rng(seed, f"pass {turn}").permutation(self.number.shape[1]) for seed in self.seeds]
-            self.order = turn, torch.as_tensor(np.stack(orders), device=self.device)
-        rows = self.order[1][:, place * self.batch_size : (place + 1) * self.batch_size]
-        return {"x": self.images.gather(rows), "index": self.number.gather(1, rows)}
+        rows = self.passes.rows(step)
+        x = self.images.gather(rows) if self.ahead is None else self.ahead.take(step)
+        return {"x": x, "index": self.number.gather(1, rows)}
 
     def labels_of(self, rows: Batch) -> Tensor | None:
         """The classes of samples that carry their number, for measuring only.    Shapes: index [R, n] -> [R, n]."""
@@ -122,6 +120,22 @@ class Fewshot:
         }
 
 
+class Passes:
+    """Which images come at a step: every pass has a new order of them, made when it begins; one is kept."""
+
+    def __init__(self, seeds: Sequence[int], images: int, batch: int, device: torch.device) -> None:
+        self.seeds, self.images, self.batch, self.device = seeds, images, batch, device
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def rows(self, step: int) -> Tensor:
+        """The images of one step.    Shapes: -> [R, B]."""
+        turn, place = divmod(step, self.images // self.batch)
+        if self.order[0] != turn:
+            orders = [host_rng(seed, f"pass {turn}").permutation(self.images) for seed in self.seeds]
+            self.order = turn, torch.as_tensor(np.stack(orders), device=self.device)
+        return self.order[1][:, place * self.batch : (place + 1) * self.batch]
+
+
 class Novel:
     """Images of classes that never come in the stream, in one split; `episodes` says how many to draw of them."""
 
@@ -130,15 +144,15 @@ class Novel:
     ) -> None:
         self.names: Sequence[str] = (cfg.novel,)
         self.images, self.y, self.cfg, self.device = Resident(x, device), y, cfg, device
-        self.rows = torch.arange(len(y), device=device).expand(runs, -1)
+        self.rows = torch.arange(len(y)).expand(runs, -1)  # [R, N], on the host
         self.labels = torch.as_tensor(y, device=device)
 
     def chunks(self, step: int, full: bool) -> Iterator[Batch]:
         """Evaluation batches with keys x, y, split, episodes."""
         count = self.cfg.episodes if full else min(SMALL, self.cfg.episodes)
-        for part in torch.split(self.rows, CHUNK[self.device.type], dim=1):
+        for part, x in self.images.chunks(self.rows, CHUNK[self.device.type]):
             nothing = torch.zeros_like(part)
-            yield {"x": self.images.gather(part), "y": self.labels[part], "split": nothing, "episodes": nothing + count}
+            yield {"x": x, "y": self.labels[part], "split": nothing, "episodes": nothing + count}
 
 
 def few_of_each(rows: NDArray[np.int64], y: NDArray[np.int64], count: int) -> NDArray[np.int64]:
