@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,14 +38,14 @@ def host_rng(seed: int, purpose: str) -> np.random.Generator:
 
 def shift_right(bits: Tensor, places: int) -> Tensor:
     """Logical shift of int64 words, filling with zeros."""
-    return (bits >> places) & ((1 << (64 - places)) - 1)
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def mixed(word: Tensor) -> Tensor:
     """SplitMix64's finaliser: words that look random, whatever regularity the given ones have.    Shapes: int64 -> same."""
-    word = (word ^ shift_right(word, 30)) * MIX_1
-    word = (word ^ shift_right(word, 27)) * MIX_2
-    return word ^ shift_right(word, 31)
+    word = shift_right(word, 30).bitwise_xor_(word).mul_(MIX_1)
+    word = shift_right(word, 27).bitwise_xor_(word).mul_(MIX_2)
+    return shift_right(word, 31).bitwise_xor_(word)
 
 
 def uniform_of(words: Tensor) -> Tensor:
@@ -55,6 +56,13 @@ def uniform_of(words: Tensor) -> Tensor:
 def below_of(words: Tensor, bound: int | Tensor) -> Tensor:
     """A whole number in [0, bound) from each random word, bound < 2^31.    Shapes: int64 -> same, with bound broadcast."""
     return (shift_right(words, 32) * bound) >> 32
+
+
+@lru_cache(256)
+def strides(count: int, device: torch.device) -> Tensor:
+    """How far the next `count` counters lie from the present one, as SplitMix64 spaces them.    Shapes: -> [count] int64."""
+    with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction
+        return torch.arange(1, count + 1, device=device) * GOLDEN
 
 
 class Rng(nn.Module):
@@ -87,9 +95,9 @@ class Rng(nn.Module):
     def bits(self, *shape: int) -> Tensor:
         """64 random bits per element, as int64.    Shapes: -> [R, *shape]."""
         count = math.prod(shape)
-        index = torch.arange(1, count + 1, device=self.key.device) + self.counter[:, None]  # [R, N]
+        start = torch.add(self.key, self.counter, alpha=GOLDEN)  # [R]
         self.counter += count
-        return mixed(torch.add(self.key[:, None], index, alpha=GOLDEN)).view(self.runs, *shape)
+        return mixed(start[:, None] + strides(count, self.key.device)).view(self.runs, *shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Multiples of 2^-24 in [0, 1), as float32.    Shapes: -> [R, *shape]."""
