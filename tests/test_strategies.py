@@ -62,6 +62,12 @@ class ReadsTheHost(ER):
         return {"loss": logs["loss"] * float(logs["loss"].sum() > -1)}
 
 
+class BringsNumbers(ER):
+    def observe(self, new: Batch) -> Logs:
+        scale = torch.tensor([0.5])
+        return {name: scale * value for name, value in super().observe(new).items()}
+
+
 class WritesIntoItsBatch(ER):
     def observe(self, new: Batch) -> Logs:
         new["x"].zero_()
@@ -116,6 +122,7 @@ class GrowsItsBatch(ER):
 CAUGHT = [
     (MixesRuns, testing.runs_do_not_touch_each_other),
     (ReadsTheHost, testing.never_reads_the_host_once_steady),
+    (BringsNumbers, testing.never_reads_the_host_once_steady),
     (WritesIntoItsBatch, testing.leaves_its_batch_unchanged),
     (DrawsGlobally, testing.draws_only_from_its_rng),
     (ForgetsItsCounter, testing.resumes_bit_for_bit),
