@@ -160,7 +160,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self:
             return step()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def again(self) -> None:
         """Make the recorded calls; what they return goes where it went the first time."""
         for func, args, kwargs, result in self.calls:
@@ -235,7 +235,8 @@ def never_reads_the_host_once_steady(make: Make) -> None:
     step = first_steady_step(made)
     if step is None:
         return
-    batch = made.stream.batch(step)
+    train(made, step, step + 1)  # constants may come to the device once
+    batch = made.stream.batch(step + 1)
     with NoHostReads():  # type: ignore[no-untyped-call]
         made.strategy.observe(batch)
 

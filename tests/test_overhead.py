@@ -7,7 +7,7 @@ from bench.learner import Bare, Learner, Pass
 from bench.timing import operators, python_calls
 
 # A small tensor's operator takes 2 to 5 microseconds of one core: 200 of them are under a millisecond.
-BUDGET = {"finetune": 85, "er": 170, "er_ace": 240, "derpp": 415, "scr": 520, "pcr": 475, "hpcr": 680}
+BUDGET = {"finetune": 25, "er": 105, "er_ace": 175, "derpp": 335, "scr": 450, "pcr": 405, "hpcr": 605}
 
 
 def learner(name: str) -> Learner:

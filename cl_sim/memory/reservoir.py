@@ -38,6 +38,7 @@ class Reservoir(Rows):
         if skips:
             self.register_buffer("skipped", torch.zeros_like(self.seen))
 
+    @torch.inference_mode()
     def add(self, batch: Batch, candidate: Tensor | None = None) -> None:
         """Offer a batch [R, B, ...]; if two of its samples draw one slot, the later one stays.    Shapes: candidate [R, B]."""
         size = batch[next(iter(self.fields))].shape[1]
