@@ -26,8 +26,12 @@ TOLERANCE = 1e-3  # of a replayed step against the same step run: kernels may be
 class Graph(Protocol):
     """Records one call and repeats it on the same memory."""
 
+    def warm(self, step: Callable[[], Logs]) -> Logs:
+        """Make a step as usual, where it will be recorded."""
+        ...
+
     def first(self, step: Callable[[], Logs]) -> Logs:
-        """Make the step and remember how; its logs are overwritten by every repetition."""
+        """Make the step and remember how, in place of any before; its logs are overwritten by every repetition."""
         ...
 
     def again(self) -> None:
@@ -36,14 +40,25 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A step as one CUDA graph with memory of its own."""
+    """A step as one CUDA graph with memory of its own, recorded on a side stream. Source: the notes on CUDA graphs of torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.graph = torch.cuda.CUDAGraph()
 
+    def warm(self, step: Callable[[], Logs]) -> Logs:
+        """On the side stream, where libraries then have their handles and workspaces."""
+        outside = torch.cuda.current_stream(self.side.device)
+        self.side.wait_stream(outside)
+        with torch.cuda.stream(self.side):
+            logs = step()
+        outside.wait_stream(self.side)
+        return logs
+
     def first(self, step: Callable[[], Logs]) -> Logs:
-        """Record, which computes nothing, then run."""
-        with torch.cuda.graph(self.graph):
+        """Record, which computes nothing, then run. Another thread may prepare batches meanwhile."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
             logs = step()
         self.graph.replay()
         return logs
@@ -64,41 +79,40 @@ class Captured:
     def __init__(
         self,
         strategy: Strategy,
-        graph: Callable[[], Graph] = CudaGraph,
+        graph: Graph | None = None,
         warm_up: int = WARM_UP,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.strategy, self.make, self.warm_up, self.note = strategy, graph, warm_up, note
-        self.graph: Graph | None = None
-        self.replays = self.warm = 0
+        self.strategy, self.warm_up, self.note = strategy, warm_up, note
+        self.graph = CudaGraph(strategy.env.device) if graph is None else graph
+        self.recorded, self.given_up = False, ""
+        self.replays = self.warm = self.unsteady = 0  # steps: replayed, run before the recording, not steady
         self.held: Batch = {}
         self.logs: Logs = {}
         self.counted: list[tuple[Rows, int]] = []  # memories, and how many samples a step offers them
-        self.given_up = ""
-        self.steps = 0  # run as usual
 
     def observe(self, batch: Batch) -> Logs:
         """Learn from one batch as the strategy does. The logs hold until the next call."""
-        if self.given_up or not self.strategy.steady:
-            return self._run(batch)
-        if self.graph is not None:
+        if self.given_up:
+            return self.strategy.observe(batch)
+        if not self.strategy.steady:
+            self.unsteady += 1
+            if self.unsteady == UNSTEADY:
+                self.note(f"{UNSTEADY} steps were not steady and ran as usual; only steady ones are replayed")
+            return self.strategy.observe(batch)
+        if self.recorded:
             return self._replay(batch)
         self.warm += 1
-        return self._record(batch) if self.warm > self.warm_up else self._run(batch)
+        if self.warm <= self.warm_up:
+            return self.graph.warm(lambda: self.strategy.observe(batch))
+        return self._record(batch)
 
     def boundary(self) -> None:
         """A task has ended."""
-        self.graph, self.warm = None, 0
+        self.recorded, self.warm = False, 0
         self.strategy.boundary()
 
-    def _run(self, batch: Batch) -> Logs:
-        self.steps += 1
-        if self.steps == UNSTEADY and not self.replays and not self.given_up:
-            self.note(f"none of the first {UNSTEADY} steps was steady; steps are replayed once they are")
-        return self.strategy.observe(batch)
-
     def _replay(self, batch: Batch) -> Logs:
-        assert self.graph is not None
         for name, held in self.held.items():
             held.copy_(batch[name])
         self.graph.again()
@@ -108,16 +122,16 @@ class Captured:
         return self.logs
 
     def _record(self, batch: Batch) -> Logs:
+        """Run the step, go back, record it, compare."""
         before = copy.deepcopy(self.strategy.state_dict())
-        run = {name: value.detach().clone() for name, value in self.strategy.observe(batch).items()}
+        run = _kept(self.graph.warm(lambda: self.strategy.observe(batch)))
         after = copy.deepcopy(self.strategy.state_dict())
         self.strategy.load_state_dict(before)
         memories = [module for module in self.strategy.modules() if isinstance(module, Rows)]
         offered = [memory.offered for memory in memories]
-        self.held = {name: value.clone() for name, value in batch.items()}
-        graph = self.make()
+        self.held = _kept(batch)
         try:
-            made = graph.first(lambda: self.strategy.observe(self.held))
+            made = self.graph.first(lambda: self.strategy.observe(self.held))
             self.logs = {name: value.detach() for name, value in made.items()}
             where = differs(self.strategy.state_dict(), after) or differs(self.logs, run)
             self.given_up = f"a replayed step differs from the same step run, in {where}" if where else ""
@@ -127,9 +141,13 @@ class Captured:
             self.note(f"steps are not captured: {self.given_up}")
             self.strategy.load_state_dict(after)
             return run
-        self.graph = graph
+        self.recorded = True
         self.counted = [(one, one.offered - count) for one, count in zip(memories, offered, strict=True)]
         return self.logs
+
+
+def _kept(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in values.items()}
 
 
 def differs(one: Any, other: Any, where: str = "") -> str:

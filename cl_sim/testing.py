@@ -155,8 +155,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
+    def warm(self, step: Callable[[], Logs]) -> Logs:
+        """Just make it."""
+        return step()
+
     def first(self, step: Callable[[], Logs]) -> Logs:
         """Record."""
+        self.calls = []
         with self:
             return step()
 
@@ -263,7 +268,7 @@ def replays_as_it_steps(make: Make) -> None:
     """Steady steps that are recorded and replayed without Python end in the same state as steps that are run."""
     run, replayed = make((0,)), make((0,))
     train(run, 0, len(run.stream))
-    learner = Captured(replayed.strategy, Tape, warm_up=1)
+    learner = Captured(replayed.strategy, Tape(), warm_up=1)
     replayed.strategy.train()
     for step in range(len(replayed.stream)):
         learner.observe(replayed.stream.batch(step))

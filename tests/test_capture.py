@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ def train(
     folder.mkdir()
     for steps in (stop_at, 10**6):
         made = testing.toy(name, seeds, settings)
-        learner = Captured(made.strategy, Tape, warm_up=1) if replayed else None
+        learner = Captured(made.strategy, Tape(), warm_up=1) if replayed else None
         through_the_engine(folder, made, learner, steps)
         if learner is not None:
             assert not learner.given_up
@@ -108,7 +111,7 @@ def test_a_step_that_cannot_be_replayed_is_run_on_as_if_nothing_had_happened(gra
     run, tried = testing.toy("er", (0,), PLAIN), testing.toy("er", (0,), PLAIN)
     Spoils.spoiled = tried.strategy
     told: list[str] = []
-    learner = Captured(tried.strategy, graph, warm_up=1, note=told.append)
+    learner = Captured(tried.strategy, graph(), warm_up=1, note=told.append)
     for made, learns in ((run, run.strategy), (tried, learner)):
         made.strategy.train()
         for step in range(12):
@@ -127,15 +130,15 @@ def test_steps_that_are_never_steady_are_told_of_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(capture, "UNSTEADY", 6)
     monkeypatch.setattr(ER, "steady", False)
     made, told = testing.toy("er", (0,), PLAIN), []
-    learner = Captured(made.strategy, Tape, note=told.append)
+    learner = Captured(made.strategy, Tape(), note=told.append)
     for step in range(20):
         learner.observe(made.stream.batch(step))
-    assert told == ["none of the first 6 steps was steady; steps are replayed once they are"]
+    assert told == ["6 steps were not steady and ran as usual; only steady ones are replayed"]
 
 
 def test_a_boundary_makes_the_next_step_record_anew() -> None:
     made = testing.toy("er", (0,), PLAIN)
-    learner = Captured(made.strategy, Tape, warm_up=2)
+    learner = Captured(made.strategy, Tape(), warm_up=2)
     counts = []
     for step in range(12):
         learner.observe(made.stream.batch(step))
@@ -160,13 +163,71 @@ def test_capture_on_a_cpu_is_refused() -> None:
         testing.toy("er", (0,), {"capture": True})
 
 
+class Device:
+    """Stands in for torch.cuda and writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def stream(self, name: str) -> Any:
+        def wait_stream(other: Any) -> None:
+            self.calls.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, device=torch.device("cuda"), wait_stream=wait_stream)
+
+    @contextmanager
+    def inside(self, what: str) -> Iterator[None]:
+        self.calls.append(f"enter {what}")
+        yield
+        self.calls.append(f"leave {what}")
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "Stream", lambda device: self.stream("side"))
+        monkeypatch.setattr(cuda, "current_stream", lambda device: self.stream("main"))
+        monkeypatch.setattr(cuda, "stream", lambda stream: self.inside(stream.name))
+        graphs = count()
+
+        def made() -> Any:
+            number = next(graphs)
+            return SimpleNamespace(name=f"graph {number}", replay=lambda: self.calls.append(f"replay graph {number}"))
+
+        monkeypatch.setattr(cuda, "CUDAGraph", made)
+
+        def recording(graph: Any, stream: Any, capture_error_mode: str) -> Any:
+            return self.inside(f"{graph.name} on {stream.name}, {capture_error_mode}")
+
+        monkeypatch.setattr(cuda, "graph", recording)
+
+
+def test_a_cuda_graph_warms_up_and_is_recorded_on_one_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    device.patch(monkeypatch)
+
+    def step() -> Logs:
+        device.calls.append("step")
+        return {}
+
+    graph = CudaGraph(torch.device("cuda"))
+    graph.warm(step)
+    for _ in range(2):  # the second time after a boundary
+        graph.first(step)
+        graph.again()
+    recorded = [
+        ["enter {} on side, thread_local", "step", "leave {} on side, thread_local", "replay {}", "replay {}"]
+    ] * 2
+    named = [line.format(f"graph {number}") for number, lines in enumerate(recorded, 1) for line in lines]
+    warm = ["side waits for main", "enter side", "step", "leave side", "main waits for side"]
+    assert device.calls == warm + named
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["finetune", "er", "er_ace", "derpp", "pcr", "hpcr", "scr"])
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2, 3)], ids=["one run", "four runs"])
 def test_a_cuda_graph_steps_as_the_strategy_does(name: str, seeds: tuple[int, ...]) -> None:
     settings = merge({"device": "cuda", "encoder": {"name": "reduced_resnet18", "width": 8}}, {})
     run, replayed = testing.toy(name, seeds, settings), testing.toy(name, seeds, settings)
-    learner = Captured(replayed.strategy, CudaGraph)
+    learner = Captured(replayed.strategy)
     for made, learns in ((run, run.strategy), (replayed, learner)):
         made.strategy.train()
         for step in range(len(made.stream)):
