@@ -40,7 +40,8 @@ class Ahead:
     ) -> None:
         self.rows, self.device, self.numbers, self.steps, self.depth = rows, device, numbers, steps, depth
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        empty = rows.new_empty(0, *rows.shape[1:])
+        with torch.inference_mode(False):  # evaluations are made in it, and the thread writes outside of it
+            empty = rows.new_empty(0, *rows.shape[1:])
         self.staging = deque(_Staging(empty) for _ in range(depth + 1))  # the longest unused first
         self.made: dict[int, Future[tuple[Tensor, torch.cuda.Event | None]]] = {}  # by step
         self.thread = ThreadPoolExecutor(1, "ahead")

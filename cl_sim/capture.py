@@ -19,8 +19,11 @@ from cl_sim.strategy import Strategy
 from cl_sim.types import Batch, Logs
 
 WARM_UP = 3  # steady steps before the recording, in which libraries set themselves up
-UNSTEADY = 1000  # steps without a steady one, after which that is told
-TOLERANCE = 1e-3  # of a replayed step against the same step run: kernels may be other ones, and sum in another order
+UNSTEADY = 1000  # steps from the start of which none was steady, after which that is told
+TOLERANCE = (
+    1e-2  # of what a step changes, in which its replay may differ: kernels may be others, and sum in another order
+)
+ROUNDING = 1e-6  # of a value itself
 
 
 class Graph(Protocol):
@@ -36,6 +39,10 @@ class Graph(Protocol):
 
     def again(self) -> None:
         """Do what was recorded once more."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what was recorded, and free its memory."""
         ...
 
 
@@ -57,7 +64,7 @@ class CudaGraph:
 
     def first(self, step: Callable[[], Logs]) -> Logs:
         """Record, which computes nothing, then run. Another thread may prepare batches meanwhile."""
-        self.graph = torch.cuda.CUDAGraph()
+        self.drop()
         with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
             logs = step()
         self.graph.replay()
@@ -66,6 +73,10 @@ class CudaGraph:
     def again(self) -> None:
         """One launch."""
         self.graph.replay()
+
+    def drop(self) -> None:
+        """A fresh one holds nothing."""
+        self.graph = torch.cuda.CUDAGraph()
 
 
 class Captured:
@@ -97,20 +108,22 @@ class Captured:
             return self.strategy.observe(batch)
         if not self.strategy.steady:
             self.unsteady += 1
-            if self.unsteady == UNSTEADY:
-                self.note(f"{UNSTEADY} steps were not steady and ran as usual; only steady ones are replayed")
+            if self.unsteady == UNSTEADY and not self.warm + self.replays:
+                self.note(f"none of the first {UNSTEADY} steps was steady; only steady ones are replayed")
             return self.strategy.observe(batch)
-        if self.recorded:
-            return self._replay(batch)
         self.warm += 1
-        if self.warm <= self.warm_up:
+        if self.warm <= self.warm_up or (self.recorded and _shapes(batch) != _shapes(self.held)):
             return self.graph.warm(lambda: self.strategy.observe(batch))
-        return self._record(batch)
+        return self._replay(batch) if self.recorded else self._record(batch)
 
     def boundary(self) -> None:
         """A task has ended."""
-        self.recorded, self.warm = False, 0
+        self._forget()
         self.strategy.boundary()
+
+    def _forget(self) -> None:
+        self.recorded, self.warm, self.held, self.logs = False, 0, {}, {}
+        self.graph.drop()
 
     def _replay(self, batch: Batch) -> Logs:
         for name, held in self.held.items():
@@ -126,19 +139,20 @@ class Captured:
         before = copy.deepcopy(self.strategy.state_dict())
         run = _kept(self.graph.warm(lambda: self.strategy.observe(batch)))
         after = copy.deepcopy(self.strategy.state_dict())
-        self.strategy.load_state_dict(before)
+        self.strategy.load_state_dict(copy.deepcopy(before))  # of which an optimiser keeps tensors
         memories = [module for module in self.strategy.modules() if isinstance(module, Rows)]
         offered = [memory.offered for memory in memories]
         self.held = _kept(batch)
         try:
             made = self.graph.first(lambda: self.strategy.observe(self.held))
             self.logs = {name: value.detach() for name, value in made.items()}
-            where = differs(self.strategy.state_dict(), after) or differs(self.logs, run)
+            where = differs(self.strategy.state_dict(), after, before) or differs(self.logs, run)
             self.given_up = f"a replayed step differs from the same step run, in {where}" if where else ""
         except RuntimeError as error:
-            self.given_up = f"recording failed: {str(error).splitlines()[0]}"
+            self.given_up = f"recording failed: {_reason(error)}"
         if self.given_up:
             self.note(f"steps are not captured: {self.given_up}")
+            self._forget()
             self.strategy.load_state_dict(after)
             return run
         self.recorded = True
@@ -150,15 +164,40 @@ def _kept(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
 
 
-def differs(one: Any, other: Any, where: str = "") -> str:
-    """The name of the first tensor in which two states differ by more than rounding; empty if none does."""
-    if isinstance(one, Mapping):
-        names = [differs(one[key], other[key], f"{where}.{key}".lstrip(".")) for key in one]
-        return next(filter(None, names), "")
-    if isinstance(one, list | tuple):
-        names = [differs(left, right, f"{where}[{i}]") for i, (left, right) in enumerate(zip(one, other, strict=True))]
-        return next(filter(None, names), "")
-    if not isinstance(one, Tensor):
-        return ""
-    close = torch.isclose(one.double(), other.double(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+def _shapes(batch: Batch) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in batch.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first: leaving a failed recording raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def differs(replayed: Any, run: Any, before: Any = None, where: str = "") -> str:
+    """The name of the first value in which two states after a step differ by more than rounding; empty if none does.
+
+    Whole numbers must be equal. Of other tensors, a hundredth of the largest change since `before` is allowed (of the largest
+    value, where there is none before).
+    """
+    if isinstance(run, Mapping | list | tuple):
+        keys: Any = run.keys() if isinstance(run, Mapping) else range(len(run))
+        names = {key: f"{where}.{key}".lstrip(".") if isinstance(run, Mapping) else f"{where}[{key}]" for key in keys}
+        found = (differs(replayed[key], run[key], _part(before, key), names[key]) for key in keys)
+        return next(filter(None, found), "")
+    if not isinstance(run, Tensor):
+        return where if isinstance(run, bool | int | float | str) and run != replayed else ""
+    if not run.is_floating_point():
+        return "" if torch.equal(replayed, run) else where
+    change = (run if before is None else run - before).nan_to_num().abs().amax() if run.numel() else 0.0
+    close = torch.isclose(replayed, run, rtol=ROUNDING, atol=TOLERANCE * float(change), equal_nan=True)
     return "" if bool(close.all()) else where
+
+
+def _part(whole: Any, key: Any) -> Any:
+    """What stands under a key, if anything does."""
+    try:
+        return whole[key]
+    except (KeyError, IndexError, TypeError):
+        return None

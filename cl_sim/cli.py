@@ -89,7 +89,7 @@ def main() -> None:
 @click.option(
     "--precision", type=click.Choice(["float32", "bf16"]), help="What the encoder computes in.  [default: float32]"
 )
-@click.option("--capture", is_flag=True, help="On a GPU: replay steady steps as one CUDA graph (new, not yet timed).")
+@click.option("--capture", is_flag=True, help="On a GPU: replay steady steps as one CUDA graph (not yet run on one).")
 @data_option
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time.  [default: cores on a CPU, 1 on a GPU]")
 @click.option(

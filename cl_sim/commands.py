@@ -542,7 +542,7 @@ def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any])
         "stack": before["stack"],
         "encoder_frozen": False,
         "precision": "",
-        "capture": False,
+        "capture": before.get("capture", False) and (options["device"] or before["device"]).startswith("cuda"),
     }
     return configurations((), words)[0]
 

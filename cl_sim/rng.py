@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def below_of(words: Tensor, bound: int | Tensor) -> Tensor:
     return (shift_right(words, 32) * bound) >> 32
 
 
-@lru_cache(256)
+@cache
 def strides(count: int, device: torch.device) -> Tensor:
     """How far the next `count` counters lie from the present one, as SplitMix64 spaces them.    Shapes: -> [count] int64."""
     with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction

@@ -157,6 +157,8 @@ def _journaled(
         strategy = build_strategy(config, stream, seeds)
         learner = Captured(strategy, note=note) if config.capture else None
         progress = run(stream, strategy, plan_of(config, stream), journal, place, stop=stop, note=note, learner=learner)
+        if learner is not None and not learner.replays and not learner.given_up:
+            note("no step was replayed: the strategy was not steady for long enough")
     except Exception as error:
         reason = str(error) if isinstance(error, ClSimError) else f"{type(error).__name__}: {error}"
         journal.end("failed", reason)

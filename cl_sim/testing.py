@@ -161,9 +161,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def first(self, step: Callable[[], Logs]) -> Logs:
         """Record."""
-        self.calls = []
+        self.drop()
         with self:
             return step()
+
+    def drop(self) -> None:
+        """Keep nothing."""
+        self.calls = []
 
     @torch.inference_mode()
     def again(self) -> None:
@@ -267,12 +271,15 @@ def keeps_its_shapes_once_steady(make: Make) -> None:
 def replays_as_it_steps(make: Make) -> None:
     """Steady steps that are recorded and replayed without Python end in the same state as steps that are run."""
     run, replayed = make((0,)), make((0,))
-    train(run, 0, len(run.stream))
     learner = Captured(replayed.strategy, Tape(), warm_up=1)
+    run.strategy.train()
     replayed.strategy.train()
-    for step in range(len(replayed.stream)):
-        learner.observe(replayed.stream.batch(step))
-        if replayed.stream.announces and replayed.stream.ends_task(step):
+    for step in range(len(run.stream)):
+        batch = run.stream.batch(step)
+        logs, others = run.strategy.observe(batch), learner.observe(batch)
+        _same_state(dict(logs), dict(others), f"the logs of step {step}", "where steps are replayed")
+        if run.stream.announces and run.stream.ends_task(step):
+            run.strategy.boundary()
             learner.boundary()
     assert not learner.given_up, learner.given_up
     assert learner.replays or first_steady_step(make((0,))) is None, "it is steady, but no step was replayed"

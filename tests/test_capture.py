@@ -95,21 +95,48 @@ class Spoils(Tape):
         return logs
 
 
+class Loses(Tape):
+    """Records a step whose changes of the weights do not come through."""
+
+    spoiled: ER
+
+    def first(self, step: Callable[[], Logs]) -> Logs:
+        before = [weight.detach().clone() for weight in self.spoiled.parameters()]
+        logs = super().first(step)
+        with torch.no_grad():
+            for weight, old in zip(self.spoiled.parameters(), before, strict=True):
+                weight.copy_(old)
+        return logs
+
+
 class Fails(Tape):
-    """Has made half of the step when it is refused."""
+    """Has made half of the step when it is refused, and fails again when it ends the recording."""
 
     def first(self, step: Callable[[], Logs]) -> Logs:
         step()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")  # as torch does
+
+
+class FailsWordlessly(Tape):
+    def first(self, step: Callable[[], Logs]) -> Logs:
+        raise RuntimeError
 
 
 @pytest.mark.parametrize(
     ("graph", "why"),
-    [(Spoils, "a replayed step differs from the same step run, in net."), (Fails, "recording failed: operation not")],
+    [
+        (Spoils, "a replayed step differs from the same step run, in net."),
+        (Loses, "a replayed step differs from the same step run, in net."),
+        (Fails, "recording failed: operation not permitted"),
+        (FailsWordlessly, "recording failed: RuntimeError"),
+    ],
 )
 def test_a_step_that_cannot_be_replayed_is_run_on_as_if_nothing_had_happened(graph: type[Tape], why: str) -> None:
     run, tried = testing.toy("er", (0,), PLAIN), testing.toy("er", (0,), PLAIN)
-    Spoils.spoiled = tried.strategy
+    Spoils.spoiled = Loses.spoiled = tried.strategy
     told: list[str] = []
     learner = Captured(tried.strategy, graph(), warm_up=1, note=told.append)
     for made, learns in ((run, run.strategy), (tried, learner)):
@@ -123,6 +150,8 @@ def test_a_step_that_cannot_be_replayed_is_run_on_as_if_nothing_had_happened(gra
         if isinstance(value, Tensor):
             assert torch.equal(value, tried.strategy.state_dict()[key]), key
     assert run.strategy.memory.offered == tried.strategy.memory.offered == 120
+    assert not learner.held
+    assert not learner.graph.calls
     assert float(logs["loss"].detach()) > 0
 
 
@@ -133,7 +162,7 @@ def test_steps_that_are_never_steady_are_told_of_once(monkeypatch: pytest.Monkey
     learner = Captured(made.strategy, Tape(), note=told.append)
     for step in range(20):
         learner.observe(made.stream.batch(step))
-    assert told == ["6 steps were not steady and ran as usual; only steady ones are replayed"]
+    assert told == ["none of the first 6 steps was steady; only steady ones are replayed"]
 
 
 def test_a_boundary_makes_the_next_step_record_anew() -> None:
@@ -148,11 +177,29 @@ def test_a_boundary_makes_the_next_step_record_anew() -> None:
     assert counts == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 4, 5]  # not steady, two to warm up, one recorded; after 6 again
 
 
+def test_a_batch_of_another_size_is_run_as_usual() -> None:
+    run, replayed = testing.toy("er", (0,), PLAIN), testing.toy("er", (0,), PLAIN)
+    learner = Captured(replayed.strategy, Tape(), warm_up=1)
+    for step in range(10):
+        batch = run.stream.batch(step)
+        few = {name: value[:, :4] for name, value in batch.items()} if step in (6, 7) else batch
+        run.strategy.observe(few)
+        learner.observe(few)
+    assert learner.replays == 5  # of 10: the first meets an empty memory, one warms up, one is recorded, two are small
+    assert run.strategy.memory.offered == replayed.strategy.memory.offered == 88
+    assert not capture.differs(replayed.strategy.state_dict(), run.strategy.state_dict())
+
+
 def test_logs_and_states_are_compared_by_name() -> None:
     one = {"a": torch.ones(3), "b": [{"c": torch.zeros(2)}, 5]}
     other = {"a": torch.ones(3), "b": [{"c": torch.tensor([0.0, 0.1])}, 5]}
     assert capture.differs(one, one) == ""
     assert capture.differs(one, other) == "b[0].c"
+    assert capture.differs({"seen": torch.tensor([50_000])}, {"seen": torch.tensor([50_010])}) == "seen"
+    assert capture.differs({"lr": 0.1}, {"lr": 0.2}) == "lr"
+    before, run = torch.tensor([0.1, 50.0]), torch.tensor([0.1001, 50.0])
+    assert capture.differs(before, run, before, "weight") == "weight"  # nothing was learned
+    assert capture.differs(run + 1e-7, run, before) == ""
     lost = {"a": torch.full((3,), np.nan)}
     assert capture.differs(lost, lost) == ""
     assert capture.differs({"a": torch.ones(3)}, lost) == "a"
