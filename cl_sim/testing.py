@@ -114,15 +114,23 @@ class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse the operators that read the host; run the others."""
         name = func.overloadpacket.__name__
-        assert name != "lift_fresh", (  # a copy to the device, which a graph cannot hold
-            "a steady step must not make tensors of the host's numbers; take them from cl_sim.constants"
-        )
         by_mask = name in ("index", "index_put", "index_put_") and any(
             isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1] if i is not None
         )
         reads = name in HOST_READS or by_mask
         assert not reads, f"a steady step must not read the host, but it calls {func}"
         return func(*args, **(kwargs or {}))
+
+
+class NothingOfTheHost(NoHostReads):  # type: ignore[no-untyped-call]
+    """Raises, too, where numbers of the host become a tensor: a copy to the device, which a graph cannot hold."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse new tensors and reads; run the others."""
+        assert func.overloadpacket.__name__ != "lift_fresh", (
+            "a steady step must not make tensors of the host's numbers; take them from cl_sim.constants"
+        )
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -246,7 +254,7 @@ def never_reads_the_host_once_steady(make: Make) -> None:
         return
     train(made, step, step + 1)  # constants may come to the device once
     batch = made.stream.batch(step + 1)
-    with NoHostReads():  # type: ignore[no-untyped-call]
+    with NothingOfTheHost():  # type: ignore[no-untyped-call]
         made.strategy.observe(batch)
 
 
