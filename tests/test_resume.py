@@ -35,6 +35,7 @@ hidden = [64]
 def cl_sim(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "cl_sim.cli", *words, "--store", str(folder / "runs")]
     command += ["--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored, and hands that on
     with (folder / "output.txt").open("ab") as out:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True)
 
