@@ -250,21 +250,17 @@ def draw_jitter(
     probability: float = 0.8,
 ) -> Jitter:
     """Factors uniform in [max(0, 1 - s), 1 + s], hue in [-hue, hue], the order uniform among the 24, all per image."""
-    return jitter_of(rng.uniform(batch, 5), rng.bits(batch, 4), brightness, contrast, saturation, hue, probability)
+    strengths = brightness, contrast, saturation, hue
+    return jitter_of(rng.uniform(batch, 5), rng.bits(batch, 4), strengths, probability)
 
 
 def jitter_of(
-    shares: Tensor,
-    words: Tensor,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.4,
-    hue: float = 0.1,
-    probability: float = 0.8,
+    shares: Tensor, words: Tensor, strengths: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1), probability: float = 0.8
 ) -> Jitter:
     """The jitter that these random numbers stand for.    Shapes: shares [R, B, 5], words [R, B, 4] int64."""
-    lowest = [max(0.0, 1 - strength) for strength in (brightness, contrast, saturation)] + [-hue]
-    highest = [1 + brightness, 1 + contrast, 1 + saturation, hue]
+    *factors, hue = strengths
+    lowest = [max(0.0, 1 - strength) for strength in factors] + [-hue]
+    highest = [1 + strength for strength in factors] + [hue]
     low = constant(tuple(lowest), shares.device)
     spread = constant(tuple(b - a for a, b in zip(lowest, highest, strict=True)), shares.device)
     strength, chance = torch.split(shares, [4, 1], -1)

@@ -20,9 +20,7 @@ from cl_sim.types import Batch, Logs
 
 WARM_UP = 3  # steady steps before the recording, in which libraries set themselves up
 UNSTEADY = 1000  # steps from the start of which none was steady, after which that is told
-TOLERANCE = (
-    1e-2  # of what a step changes, in which its replay may differ: kernels may be others, and sum in another order
-)
+TOLERANCE = 1e-2  # share of a step's change by which its replay may be off: other kernels sum in another order
 ROUNDING = 1e-6  # of a value itself
 
 
