@@ -123,10 +123,12 @@ def test_after_a_jump_the_steps_that_follow_it_come_next() -> None:
 
 
 def test_steps_that_wait_are_dropped_when_another_is_asked_for() -> None:
-    asked = Asked()
+    asked, begun = Asked(), threading.Event()
 
     def slow(step: int) -> torch.Tensor:
         limit = time.monotonic() + LONG
+        if step == 1:
+            begun.set()
         while step == 1 and 9 not in ahead.made:  # the caller has gone on to step 8
             assert time.monotonic() < limit
             time.sleep(0.001)
@@ -134,6 +136,7 @@ def test_steps_that_wait_are_dropped_when_another_is_asked_for() -> None:
 
     ahead = Ahead(table(), CPU, slow, STEPS, depth=3)
     ahead.take(0)
+    assert begun.wait(LONG)  # a step that has not begun is dropped, too
     assert torch.equal(ahead.take(8), table()[numbers(8)])
     assert asked.steps[:3] == [0, 1, 8]
     ahead.close()
