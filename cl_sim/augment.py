@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from cl_sim.types import Batch, Field
 TRIES = 10  # boxes drawn before the centre is taken
 REPLAY_WORDS = [2 * TRIES, 2, 1, 5, 4, 1]  # of a replay view: for sizes, a place, a mirror, colours, their order, grey
 MOVES = ("shift", "shift_mirrored", "crop")  # without a number, they follow the size of the image
-HUES = (3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0)  # centre, sign and base of each channel, see turn_hue
+HUES = (1 / 2, 1 / 3, 2 / 3), (6.0, -6.0, -6.0), (-1.0, 2.0, 2.0)  # each channel's centre, slope, base: see turn_hue
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -36,7 +36,9 @@ def to_float(x: Tensor) -> Tensor:
 
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Floats in [0, 1] as the nearest byte, if bytes are wanted; else as that float type.    Shapes: any -> same."""
-    return (x * 255).round_().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    if dtype == torch.uint8:
+        return (x * 255).round_().int().to(dtype)  # straight to bytes takes a CPU three times as long
+    return x.to(dtype)
 
 
 def on_floats(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -310,27 +312,29 @@ def _mix(x: Tensor, blends: Sequence[Blend]) -> None:
     channels = torch.split(x, 1, 2)
     for blend in blends:
         shades = _greys(*channels)  # [R, B, 1, H, W]
-        rest = torch.addcmul(blend.mean * shades.mean((-2, -1), keepdim=True), shades, blend.greys)
-        torch.addcmul(rest, x, blend.stays, out=x).clamp_(0, 1)
+        mean = blend.mean * shades.mean((-2, -1), keepdim=True)
+        torch.addcmul((shades * blend.greys).add_(mean), x, blend.stays, out=x).clamp_(0, 1)
 
 
 def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the colours by a part of the colour circle; the largest and smallest channel keep their values.
 
+    With channels stretched to the range from 0 to 1, green + blue - red rises from -1 at red to 2 at cyan, a sixth of the
+    circle for each 1, on either side of the circle; whether green or blue is larger tells the side. So there is nothing to
+    choose, which takes a CPU longer than to compute (ours).
+
     Shapes: x [R, B, 3, H, W] float, turns [R, B] -> x.
     """
     red, green, blue = x.unbind(2)
-    low, high = (
-        extreme(extreme(red, green), blue) for extreme in (torch.minimum, torch.maximum)
-    )  # aminmax: 8 times the time
+    low, high = x.amin(2), x.amax(2)
     spread = high - low  # [R, B, H, W]
-    width = spread.clamp(min=1e-12)  # a grey pixel has no hue: its numerators are 0 too
-    blueish = torch.where(high == green, ((blue - red) / width).add_(2), ((red - green) / width).add_(4))
-    hue = torch.where(high == red, (green - blue) / width, blueish)
-    hue += _per_pixel(6 * turns)  # in sixths of the circle
-    hue -= (hue / 6).floor_().mul_(6)
-    centre, sign, base = _per_pixel(constant(HUES, x.device, x.dtype)).unbind(0)  # [3, 1, 1] each
-    full = torch.addcmul(base, sign, (hue[:, :, None] - centre).abs_()).clamp_(0, 1)
+    whole = (6 * spread).clamp_(min=1e-12)  # a grey pixel has no hue, and any will do
+    away = (
+        (red - blue).add_(low - green).div_(whole).add_(1 / 3)
+    )  # from the colour opposite to red: up to half a circle
+    hue = (_per_pixel(turns) + 1.5).sub(away.copysign_(green - blue)).frac_()
+    centre, slope, base = _per_pixel(constant(HUES, x.device, x.dtype)).unbind(0)  # [3, 1, 1] each
+    full = (hue[:, :, None] - centre).abs_().mul_(slope).add_(base).clamp_(0, 1)
     return torch.addcmul(low[:, :, None], full, spread[:, :, None])
 
 
@@ -418,11 +422,19 @@ def draw_replay(rng: Rng, batch: int) -> Tensor:
 
     Shapes: -> [R, B, 33] int64.
     """
-    parts = torch.split(rng.bits(batch * sum(REPLAY_WORDS)), [batch * words for words in REPLAY_WORDS], 1)
-    shapes = [(rng.runs, batch, words) for words in REPLAY_WORDS]
-    shapes[1] = rng.runs, 2, batch  # all rows of places, then all columns
-    each = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return torch.cat([each[0], each[1].mT, *each[2:]], -1)
+    drawn = rng.bits(batch * sum(REPLAY_WORDS))
+    return drawn.index_select(1, _replay_order(batch, drawn.device)).view(rng.runs, batch, sum(REPLAY_WORDS))
+
+
+@cache
+def _replay_order(batch: int, device: torch.device) -> Tensor:
+    """Where the words of each image lie among all that were drawn.    Shapes: -> [33 B] int64."""
+    with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction
+        numbers = torch.arange(batch * sum(REPLAY_WORDS), device=device)
+        drawn = torch.split(numbers, [batch * words for words in REPLAY_WORDS])
+        each = [part.view(batch, words) for part, words in zip(drawn, REPLAY_WORDS, strict=True)]
+        each[1] = drawn[1].view(2, batch).mT  # of places, all rows come before all columns
+        return torch.cat(each, 1).flatten()
 
 
 def apply_replay(x: Tensor, words: Tensor) -> Tensor:

@@ -17,3 +17,10 @@ def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype =
     """
     with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction
         return torch.tensor(values, dtype=dtype, device=device)
+
+
+@cache
+def places(count: int, device: torch.device) -> Tensor:
+    """The numbers from 0 to count - 1, made once per process. Nobody writes into it.    Shapes: -> [count] int64."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_sim.constants import places
 from cl_sim.encoders.classifier import unit
 
 Contrast = Literal["proxy", "one", "all"]
@@ -24,7 +25,7 @@ SHORTEST = 1e-8  # a row that is shorter than this is divided by it instead of b
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:
     """Rows of each class.    Shapes: labels [N] -> [C] int64."""
-    return (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)
+    return (labels[:, None] == places(classes, labels.device)).sum(0)
 
 
 def cosine_scores(features: Tensor, proxies: Tensor, tau: float) -> Tensor:

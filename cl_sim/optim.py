@@ -30,7 +30,11 @@ def clip(net: Lift, norm: float) -> None:
 
 
 class SGD(torch.optim.SGD):
-    """torch's own, with all parameters in one call also on a CPU: the same numbers, 0.6 times the host's work."""
+    """torch's own, with all parameters in one call also on a CPU: the same numbers, 0.6 times the host's work.
+
+    Not `fused`: on a CPU that reads gradients as if they lay in memory like their parameters, which is not so for those that
+    were computed elsewhere and put there (agem, meta_augment).
+    """
 
     def __init__(
         self,
@@ -43,6 +47,15 @@ class SGD(torch.optim.SGD):
         super().__init__(
             parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=True
         )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or set them to 0. To drop them in torch's own way costs the host 150 microseconds more."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class Adam(Optimizer):

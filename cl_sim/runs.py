@@ -100,7 +100,8 @@ def per_run(function: Callable[..., Out]) -> Callable[..., Out]:
     @wraps(function)
     def lifted(*args: Tensor, **shared: Any) -> Out:
         if len(args[0]) == 1:
-            alone: Out = _in_front(function(*(arg[0] for arg in args), **shared))
+            only = (arg.squeeze(0) for arg in args)  # unlike a pick, its gradient is a view
+            alone: Out = _in_front(function(*only, **shared))
             return alone
         result: Out = vmap(lambda *one: function(*one, **shared))(*args)
         return result

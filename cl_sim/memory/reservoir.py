@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cl_sim.constants import places
 from cl_sim.memory.rows import Rows, last_wins
 from cl_sim.rng import Rng
 from cl_sim.types import Batch, Field
@@ -42,7 +43,7 @@ class Reservoir(Rows):
     def add(self, batch: Batch, candidate: Tensor | None = None) -> None:
         """Offer a batch [R, B, ...]; if two of its samples draw one slot, the later one stays.    Shapes: candidate [R, B]."""
         size = batch[next(iter(self.fields))].shape[1]
-        place = self.seen[:, None] + torch.arange(size, device=self.seen.device)  # [R, B], from 0
+        place = self.seen[:, None] + places(size, self.seen.device)  # [R, B], from 0
         if candidate is not None:
             place = self.seen[:, None] + candidate.cumsum(1) - 1
         bound = place + 1 if self.rule == "vitter" else self.seen[:, None].clamp(min=self.capacity)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from cl_sim.constants import places
 from cl_sim.errors import BadConfig
 from cl_sim.memory.table import Table
 from cl_sim.rng import Rng
@@ -52,7 +53,7 @@ class Rows(nn.Module):
 
     def row(self, name: str) -> Tensor:
         """A field of all rows, the spare one included.    Shapes: -> [R, M + 1, *shape]."""
-        return self.get_buffer(f"row_{name}")
+        return cast(Tensor, getattr(self, f"row_{name}"))
 
     def __len__(self) -> int:
         """Rows filled, the same for every run."""
@@ -102,7 +103,7 @@ class Rows(nn.Module):
 
     def valid(self) -> Tensor:
         """Which rows are filled.    Shapes: -> [R, M] bool."""
-        return torch.arange(self.capacity, device=self.run.device) < self.seen[:, None]
+        return places(self.capacity, self.run.device) < self.seen[:, None]
 
     def sample(self, n: int, only: Tensor | None = None, exclude: Tensor | None = None) -> Batch:
         """Draw min(n, len) rows per run, none twice, each equally likely.
