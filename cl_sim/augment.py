@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_sim.constants import constant
+from cl_sim.constants import constant, lasting
 from cl_sim.errors import BadConfig, UnknownName
 from cl_sim.randaugment import apply_strong, draw_strong, strong
 from cl_sim.rng import Rng, below_of, uniform_of
@@ -426,15 +426,14 @@ def draw_replay(rng: Rng, batch: int) -> Tensor:
     return drawn.index_select(1, _replay_order(batch, drawn.device)).view(rng.runs, batch, sum(REPLAY_WORDS))
 
 
-@cache
+@lasting
 def _replay_order(batch: int, device: torch.device) -> Tensor:
     """Where the words of each image lie among all that were drawn.    Shapes: -> [33 B] int64."""
-    with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction
-        numbers = torch.arange(batch * sum(REPLAY_WORDS), device=device)
-        drawn = torch.split(numbers, [batch * words for words in REPLAY_WORDS])
-        each = [part.view(batch, words) for part, words in zip(drawn, REPLAY_WORDS, strict=True)]
-        each[1] = drawn[1].view(2, batch).mT  # of places, all rows come before all columns
-        return torch.cat(each, 1).flatten()
+    numbers = torch.arange(batch * sum(REPLAY_WORDS), device=device)
+    drawn = torch.split(numbers, [batch * words for words in REPLAY_WORDS])
+    each = [part.view(batch, words) for part, words in zip(drawn, REPLAY_WORDS, strict=True)]
+    each[1] = drawn[1].view(2, batch).mT  # of places, all rows come before all columns
+    return torch.cat(each, 1).flatten()
 
 
 def apply_replay(x: Tensor, words: Tensor) -> Tensor:

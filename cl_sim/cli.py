@@ -92,8 +92,11 @@ def main() -> None:
 @click.option("--capture", is_flag=True, help="On a GPU: replay steady steps as one CUDA graph (not yet run on one).")
 @data_option
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time.  [default: cores on a CPU, 1 on a GPU]")
+@click.option("--stack", type=click.IntRange(1), help="Seeds trained as one, side by side.  [default: by network]")
 @click.option(
-    "--stack", type=click.IntRange(1), help="Seeds trained side by side in one process.  [default: by network]"
+    "--abreast",
+    type=click.IntRange(1),
+    help="Stacks that a process trains in turns, on a GPU each on a stream of its own (not yet run on one).  [default: 1]",
 )
 @click.option("--encoder-frozen", is_flag=True, help="Do not train the encoder, only what stands on it.")
 @click.option("--system-metrics", is_flag=True, help="Let MLflow record CPU, memory and GPU use as well.")

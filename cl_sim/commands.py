@@ -146,6 +146,8 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
     count = len(settings.get("seeds", (0,)))
     default_stack = count if small or settings["device"].startswith("cuda") else 1
     settings["stack"] = options["stack"] or settings.get("stack") or default_stack
+    if options["abreast"]:
+        settings["abreast"] = options["abreast"]
     return config.from_dict(settings)
 
 
@@ -190,15 +192,16 @@ def _checked(made: RunConfig) -> tuple[Stream, int]:
 
 
 def fitting(made: RunConfig, need: int, free: int) -> int:
-    """How many seeds fit side by side, a third of the free memory left for what a step makes; at most as many as asked for.
+    """How many seeds a stack may have, a third of the free memory left for what a step makes; at most as many as asked for.
 
-    Raises: BadConfig if not even one fits.
+    Raises: BadConfig if not even one fits, in each of the stacks of a process.
     """
-    room = int(free * (1 - SPARE))
+    room = int(free * (1 - SPARE)) // made.abreast
     if need > room:
         raise BadConfig(
-            f"one run of {made.strategy.name} keeps {need / 1e9:.2f} GB, but {made.device} has room for {room / 1e9:.2f} GB; use "
-            "a smaller --set strategy.capacity=..., encoder, or another --device"
+            f"one run of {made.strategy.name} keeps {need / 1e9:.2f} GB, but {made.device} has room for {room / 1e9:.2f} GB"
+            f"{' for each abreast' if made.abreast > 1 else ''}; use a smaller --set strategy.capacity=..., encoder, "
+            f"{'--abreast, ' if made.abreast > 1 else ''}or another --device"
         )
     return min(made.stack, room // max(need, 1))
 
@@ -540,6 +543,7 @@ def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any])
         "device": options["device"] or before["device"],
         "data": options["data"],
         "stack": before["stack"],
+        "abreast": before.get("abreast", 1),
         "encoder_frozen": False,
         "precision": "",
         "capture": before.get("capture", False) and (options["device"] or before["device"]).startswith("cuda"),

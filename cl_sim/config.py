@@ -48,7 +48,8 @@ class RunConfig:
     seeds: tuple[int, ...] = (0,)  # one run each
     augment: tuple[str, ...] = ()  # training views, in order, e.g. shift:4, flip
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    stack: int = 1  # runs trained side by side in one process
+    stack: int = 1  # runs trained as one, side by side
+    abreast: int = 1  # stacks that one process trains in turns; on a GPU each on a CUDA stream of its own
     threads: int = 1  # CPU threads per process
     precision: Literal["float32", "bf16"] = "float32"  # of what the encoder computes; all else stays in float32
     capture: bool = False  # on a GPU: replay steady steps as one CUDA graph
@@ -58,7 +59,7 @@ class RunConfig:
     save_every: int = 1000  # steps between checkpoints
 
     def __post_init__(self) -> None:
-        at_least(self, stack=1, threads=1, flush_every=1, save_every=1)
+        at_least(self, stack=1, abreast=1, threads=1, flush_every=1, save_every=1)
         if self.capture and not self.device.startswith("cuda"):
             raise BadConfig(f"capture is on, but a run on device '{self.device}' has no CUDA graphs; leave it out")
         if not self.seeds:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cl_sim.tracking.journal import Journal
 from cl_sim.types import Batch, Logs
 
 Floats = NDArray[np.float64]
+Result = TypeVar("Result")
 TEST = "test "  # before the names of test-then-train sums in the logs
 
 
@@ -127,6 +128,23 @@ class Place:
 
 
 def run(
+    stream: Stream, strategy: Strategy, plan: Plan, journal: Journal, place: Place, **words: Any
+) -> Progress | None:
+    """All of `steps`, one after the other."""
+    return drain(steps(stream, strategy, plan, journal, place, **words))
+
+
+def drain(going: Generator[None, None, Result]) -> Result:
+    """Let it go on to its end; what it returns."""
+    while True:
+        try:
+            next(going)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def steps(
     stream: Stream,
     strategy: Strategy,
     plan: Plan,
@@ -136,8 +154,8 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda line: None,
     learner: Captured | None = None,
-) -> Progress | None:
-    """Replay the stream from the newest usable checkpoint, or from the start.
+) -> Generator[None, None, Progress | None]:
+    """Replay the stream from the newest usable checkpoint, or from the start; pauses after each step.
 
     `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
     `learner` makes the strategy's steps in its place, say by replaying them.
@@ -182,6 +200,7 @@ def run(
                 _save(strategy, meter, progress, best, step, place)
         if stopping and not over and step + 1 < plan.steps:
             return None
+        yield
     best.put_back()
     return progress
 

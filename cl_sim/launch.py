@@ -31,12 +31,11 @@ PUSH_EVERY = 3.0  # seconds between pushes to MLflow
 
 @dataclass
 class Job:
-    """One group of one run: its process, and how far its journal has been read."""
+    """One group of one run, and how far its journal has been read."""
 
     run_dir: Path
     group: int
     record: dict[str, Any]  # the run.json
-    process: subprocess.Popen[bytes] | None = None
     byte: int = 0
     samples: int = 0
     shown: dict[str, float] = field(default_factory=dict)
@@ -48,13 +47,6 @@ class Job:
     def folder(self) -> Path:
         """Where the group is kept."""
         return self.run_dir / f"group-{self.group}"
-
-    def start(self) -> None:
-        """Start the worker; what it prints goes to worker.log."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.record["config"]["threads"])}
-        with (self.folder / "worker.log").open("ab") as log:
-            words = [sys.executable, "-m", "cl_sim.worker", str(self.run_dir), str(self.group)]
-            self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
     def look(self) -> None:
         """Read what the journal has gained."""
@@ -78,19 +70,40 @@ class Job:
                 )
 
 
+@dataclass
+class Worker:
+    """A process, and the groups of one run that it trains in turns."""
+
+    jobs: list[Job]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.jobs[0].folder / "worker.log"
+
+    def start(self) -> None:
+        """Start the process."""
+        first = self.jobs[0]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(first.record["config"]["threads"])}
+        words = [sys.executable, "-m", "cl_sim.worker", str(first.run_dir), *(str(job.group) for job in self.jobs)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal, if it is at work."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+
 def launch(
     run_dirs: Sequence[Path], *, workers: int, uri: str, console: Console, system_metrics: bool = False
 ) -> list[str]:
-    """Train every unfinished group of the runs, `workers` at a time; returns each run's status.
+    """Train every unfinished group of the runs, in so many processes at a time; returns each run's status.
 
     A Ctrl-C lets every worker save a checkpoint and stop. `uri` is the MLflow store; empty: none.
     """
-    jobs = [
-        Job(run_dir, group, store.record_of(run_dir))
-        for run_dir in run_dirs
-        for group, folder in enumerate(store.group_folders(run_dir))
-        if store.ending(folder)[0] != "finished"
-    ]
+    waiting = [worker for run_dir in run_dirs for worker in _workers(run_dir)]
     syncs = _syncs(run_dirs, uri, console, system_metrics) if uri else []
     with Progress(
         TextColumn("{task.description}"),
@@ -100,7 +113,7 @@ def launch(
         TimeRemainingColumn(compact=True),
         console=console,
     ) as bars:
-        interrupted = _work(jobs, workers, bars, syncs)
+        interrupted = _work(waiting, workers, bars, syncs)
     for run_dir in run_dirs:
         _report_problems(run_dir, console)
         store.collect(run_dir)
@@ -119,23 +132,33 @@ def _syncs(run_dirs: Sequence[Path], uri: str, console: Console, system_metrics:
     return [MLflowSync(run_dir, uri, warn=console.print, system_metrics=system_metrics) for run_dir in run_dirs]
 
 
-def _work(jobs: list[Job], workers: int, bars: Progress, syncs: Sequence[MLflowSync]) -> bool:
-    """Keep `workers` jobs busy until all are done; True if the user stopped it."""
-    waiting, busy, interrupted = list(jobs), list[Job](), False
+def _workers(run_dir: Path) -> list[Worker]:
+    """Who trains the unfinished groups of a run."""
+    record = store.record_of(run_dir)
+    folders = enumerate(store.group_folders(run_dir))
+    jobs = [Job(run_dir, group, record) for group, folder in folders if store.ending(folder)[0] != "finished"]
+    abreast = record["config"].get("abreast", 1)
+    return [Worker(jobs[i : i + abreast]) for i in range(0, len(jobs), abreast)]
+
+
+def _work(waiting: list[Worker], workers: int, bars: Progress, syncs: Sequence[MLflowSync]) -> bool:
+    """Keep so many at work until all are done; True if the user stopped it."""
+    waiting, busy, interrupted = list(waiting), list[Worker](), False
     pushed = time.monotonic()
     started = False
     while waiting or busy:
         try:
             while waiting and len(busy) < workers and not interrupted:
-                job = waiting.pop(0)
-                job.start()
-                busy.append(job)
+                worker = waiting.pop(0)
+                worker.start()
+                busy.append(worker)
             time.sleep(LOOK_EVERY)
-            for job in list(busy):
-                _show(job, bars)
-                if job.process is not None and job.process.poll() is not None:
-                    busy.remove(job)
-                    _record_death(job)
+            for worker in list(busy):
+                for job in worker.jobs:
+                    _show(job, bars)
+                if worker.process is not None and worker.process.poll() is not None:
+                    busy.remove(worker)
+                    _record_death(worker)
             if not started:
                 started = True
                 for sync in syncs:
@@ -147,7 +170,8 @@ def _work(jobs: list[Job], workers: int, bars: Progress, syncs: Sequence[MLflowS
         except KeyboardInterrupt:
             interrupted, waiting = True, []
             bars.console.print("Stopping: every run saves a checkpoint first ...")
-            _tell(busy, signal.SIGTERM)
+            for worker in busy:
+                worker.tell(signal.SIGTERM)
     return interrupted
 
 
@@ -157,12 +181,6 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
         return f"seed {seeds[0]}"
     whole = list(seeds) == list(range(seeds[0], seeds[-1] + 1))
     return f"seeds {seeds[0]}-{seeds[-1]}" if whole else "seeds " + ", ".join(str(seed) for seed in seeds)
-
-
-def _tell(jobs: Sequence[Job], number: signal.Signals) -> None:
-    for job in jobs:
-        if job.process is not None and job.process.poll() is None:
-            job.process.send_signal(number)
 
 
 def _show(job: Job, bars: Progress) -> None:
@@ -187,14 +205,15 @@ def _show(job: Job, bars: Progress) -> None:
         bars.console.print(f"{bars.tasks[job.bar].description}: {job.samples} samples  {shown}", soft_wrap=True)
 
 
-def _record_death(job: Job) -> None:
-    """A worker that died without a word (killed, out of memory) is written into its journal."""
-    code = job.process.returncode if job.process is not None else 0
-    job.look()
-    if store.ending(job.folder)[0] in ("new", "started"):
-        reason = f"its process died (exit status {code}); see {job.folder / 'worker.log'}"
-        with journal.Journal(job.folder / "journal.jsonl") as record:
-            record.end("interrupted" if code < 0 else "failed", reason)
+def _record_death(worker: Worker) -> None:
+    """Write into the journals that their worker died without a word (killed, out of memory)."""
+    code = worker.process.returncode if worker.process is not None else 0
+    for job in worker.jobs:
+        job.look()
+        if store.ending(job.folder)[0] in ("new", "started"):
+            reason = f"its process died (exit status {code}); see {worker.log}"
+            with journal.Journal(job.folder / "journal.jsonl") as record:
+                record.end("interrupted" if code < 0 else "failed", reason)
 
 
 def _report_problems(run_dir: Path, console: Console) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from cl_sim.constants import lasting
 
 GOLDEN, MIX_1, MIX_2 = (
     value - (1 << 64) if value >= 1 << 63 else value
@@ -58,11 +59,10 @@ def below_of(words: Tensor, bound: int | Tensor) -> Tensor:
     return (shift_right(words, 32) * bound) >> 32
 
 
-@cache
+@lasting
 def strides(count: int, device: torch.device) -> Tensor:
     """How far the next `count` counters lie from the present one, as SplitMix64 spaces them.    Shapes: -> [count] int64."""
-    with torch.inference_mode(False):  # whoever asks first: the tensor outlives the prediction
-        return torch.arange(1, count + 1, device=device) * GOLDEN
+    return torch.arange(1, count + 1, device=device) * GOLDEN
 
 
 class Rng(nn.Module):

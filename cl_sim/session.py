@@ -6,8 +6,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from cl_sim import augment, encoders, measure, registry, selection, store
 from cl_sim.capture import Captured
 from cl_sim.config import RunConfig, from_dict
-from cl_sim.engine import Place, Plan, Progress, run
+from cl_sim.engine import Place, Plan, Progress, steps
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
 from cl_sim.memory.clustered import Clustered
 from cl_sim.memory.rows import Rows
@@ -113,23 +114,61 @@ def train(
 
     Raises: RunBusy if another process is at it; any ClSimError of the run, after writing it to the journal.
     """
+    ended = train_abreast(run_dir, [group], stop, note)[group]
+    if isinstance(ended, Exception):
+        raise ended
+    return ended
+
+
+def train_abreast(
+    run_dir: Path,
+    numbers: Sequence[int],
+    stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = print,
+) -> dict[int, str | Exception]:
+    """Train groups of a run in turns, a step of each; returns their status, or what they raised, which stops no other.
+
+    On a GPU each has a CUDA stream of its own, on which the device is at work while the host sees to the others.
+    """
+    config = from_dict(store.record_of(run_dir)["config"])
+    torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    going = {group: _training(run_dir, group, stop, note) for group in numbers}
+    lanes = {group: _lane(torch.device(config.device), len(numbers)) for group in numbers}
+    ended: dict[int, str | Exception] = {}
+    with flushed_denormals():
+        while len(ended) < len(numbers):
+            for group in (number for number in numbers if number not in ended):
+                try:
+                    with lanes[group]():
+                        next(going[group])
+                except StopIteration as end:
+                    ended[group] = end.value
+                except Exception as error:
+                    ended[group] = error
+    return ended
+
+
+def _lane(device: torch.device, groups: int) -> Callable[[], AbstractContextManager[Any]]:
+    """Where one of so many groups asks for its work: alone where everything goes, else on a CUDA stream of its own."""
+    if device.type != "cuda" or groups == 1:
+        return nullcontext
+    return partial(torch.cuda.stream, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _training(
+    run_dir: Path, group: int, stop: Callable[[], bool], note: Callable[[str], None]
+) -> Generator[None, None, str]:
+    """Train one group, a step at a time.    Raises: as `train`."""
     record = store.record_of(run_dir)
     config, seeds = from_dict(record["config"]), tuple(record["groups"][group])
     folder = run_dir / f"group-{group}"
+    place = Place(folder, f"{record['id']}/group-{group}")
     try:
-        with FileLock(folder / "lock", timeout=0):
-            return _train(config, seeds, Place(folder, f"{record['id']}/group-{group}"), stop, note)
+        with FileLock(folder / "lock", timeout=0), Journal(folder / "journal.jsonl") as journal:
+            return (yield from _journaled(config, seeds, place, journal, stop, note))
     except Timeout:
         raise RunBusy(f"{folder} is being written by another process; wait for it, or stop it") from None
-
-
-def _train(
-    config: RunConfig, seeds: tuple[int, ...], place: Place, stop: Callable[[], bool], note: Callable[[str], None]
-) -> str:
-    torch.set_num_threads(config.threads)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    with flushed_denormals(), Journal(place.folder / "journal.jsonl") as journal:
-        return _journaled(config, seeds, place, journal, stop, note)
 
 
 @contextmanager
@@ -150,13 +189,14 @@ def _journaled(
     journal: Journal,
     stop: Callable[[], bool],
     note: Callable[[str], None],
-) -> str:
+) -> Generator[None, None, str]:
     """Train, and write into the journal how it ended."""
     try:
         stream = build_stream(config, seeds)
         strategy = build_strategy(config, stream, seeds)
         learner = Captured(strategy, note=note) if config.capture else None
-        progress = run(stream, strategy, plan_of(config, stream), journal, place, stop=stop, note=note, learner=learner)
+        plan = plan_of(config, stream)
+        progress = yield from steps(stream, strategy, plan, journal, place, stop=stop, note=note, learner=learner)
         if learner is not None and not learner.replays and not learner.given_up:
             note("no step was replayed: the strategy was not steady for long enough")
     except Exception as error:

@@ -296,6 +296,18 @@ def replays_as_it_steps(make: Make) -> None:
     assert torch.equal(_answer(run, batch), _answer(replayed, batch)), "predictions differ where steps are replayed"
 
 
+def takes_turns_with_another(make: Make) -> None:
+    """Two runs that take turns in one process end as each alone: nothing that lasts is shared by strategies."""
+    alone, (one, other) = make((0,)), (make((0,)), make((1,)))
+    train(alone, 0, 8)
+    for step in range(8):
+        train(one, step, step + 1)
+        train(other, step, step + 1)
+    _same_state(
+        alone.strategy.state_dict(), one.strategy.state_dict(), "state", "where another run takes turns with it"
+    )
+
+
 def leaves_its_batch_unchanged(make: Make) -> None:
     """Observing and predicting do not write into the batch."""
     made = make((0,))
@@ -362,6 +374,7 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     never_reads_the_host_once_steady,
     keeps_its_shapes_once_steady,
     replays_as_it_steps,
+    takes_turns_with_another,
     leaves_its_batch_unchanged,
     predicting_changes_nothing,
     draws_only_from_its_rng,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -101,6 +102,18 @@ class IsNeverReplayed(ER):
         return super().steady and self.asked < 4
 
 
+class SharesWhatItLearned(ER):
+    last: ClassVar[list[Tensor]] = []
+
+    def observe(self, new: Batch) -> Logs:
+        with torch.no_grad():
+            weight = next(self.net.parameters())
+            for other in self.last:
+                weight.lerp_(other, 0.1)
+            self.last[:] = [weight.clone()]
+        return super().observe(new)
+
+
 class Guesses(ER):
     def predict(self, batch: Batch) -> Tensor:
         return torch.zeros(*batch["y"].shape, self.env.classes)
@@ -128,6 +141,7 @@ CAUGHT = [
     (ForgetsItsCounter, testing.resumes_bit_for_bit),
     (ForgetsItsCounter, testing.replays_as_it_steps),
     (IsNeverReplayed, testing.replays_as_it_steps),
+    (SharesWhatItLearned, testing.takes_turns_with_another),
     (Guesses, testing.learns_a_toy_stream),
     (ChangesInPredict, testing.predicting_changes_nothing),
     (GrowsItsBatch, testing.keeps_its_shapes_once_steady),

@@ -221,6 +221,42 @@ def one_captured(name: str, replay: int, runs: int, device: str) -> Row:
     return [*(round(milliseconds(times[kind]), 3) for kind in cases), round(ratio(times["run"], times["captured"]), 2)]
 
 
+def abreast(device: str) -> dict[str, Any]:
+    """Captured steps of many seeds, as one stack and in turns on streams of their own. Only on a GPU."""
+    return {
+        "title": "Seeds as one stack and abreast, both captured",
+        "note": "Reduced ResNet-18, 32x32 images, batches of 10, replay of 10: milliseconds in which every run makes a step.",
+        "columns": ["strategy", "runs", "stack ms", "abreast ms", "stack / abreast"],
+        "rows": [
+            [name, runs, *in_process(one_abreast, name, runs, device)]
+            for name in ("er", "pcr", "hpcr")
+            for runs in STACKS
+        ],
+    }
+
+
+def one_abreast(name: str, runs: int, device: str) -> Row:
+    """One row: both in turns."""
+
+    def captured() -> Learner:
+        return Learner(name, settings(name, 10), device=device, captured=True).settle()
+
+    lanes = [torch.cuda.Stream(device) for _ in range(runs)]  # type: ignore[no-untyped-call]
+    each = []
+    for lane in lanes:
+        with torch.cuda.stream(lane):
+            each.append(captured())
+
+    def turn() -> None:
+        for lane, learner in zip(lanes, each, strict=True):
+            with torch.cuda.stream(lane):
+                learner.step()
+
+    stack = Learner(name, settings(name, 10), device=device, runs=runs, captured=True).settle()
+    times = alternate({"stack": stack.step, "abreast": turn}, torch.device(device))
+    return [*(round(milliseconds(times[kind]), 3) for kind in times), round(ratio(times["stack"], times["abreast"]), 2)]
+
+
 def stacks(device: str) -> dict[str, Any]:
     """Many seeds in one process."""
     return {
@@ -357,9 +393,9 @@ def started(code: str) -> float:
 
 
 TABLES: dict[str, Callable[[str], dict[str, Any]]] = {
-    made.__name__: made for made in (steps, methods, overhead, stacks, captured, evaluation, long, start)
+    made.__name__: made for made in (steps, methods, overhead, stacks, captured, abreast, evaluation, long, start)
 }
-GPU_ONLY = ("captured",)
+GPU_ONLY = ("captured", "abreast")
 
 
 def in_process(measure: Callable[..., Any], *words: Any) -> Any:
