@@ -94,7 +94,7 @@ class Captured:
     ) -> None:
         self.strategy, self.warm_up, self.note = strategy, warm_up, note
         self.graph = CudaGraph(strategy.env.device) if graph is None else graph
-        self.recorded, self.given_up = False, ""
+        self.recorded, self.told, self.given_up = False, False, ""
         self.replays = self.warm = self.unsteady = 0  # steps: replayed, run before the recording, not steady
         self.held: Batch = {}
         self.logs: Logs = {}
@@ -107,6 +107,7 @@ class Captured:
         if not self.strategy.steady:
             self.unsteady += 1
             if self.unsteady == UNSTEADY and not self.warm + self.replays:
+                self.told = True
                 self.note(f"none of the first {UNSTEADY} steps was steady; only steady ones are replayed")
             return self.strategy.observe(batch)
         self.warm += 1

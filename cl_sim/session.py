@@ -197,7 +197,7 @@ def _journaled(
         learner = Captured(strategy, note=note) if config.capture else None
         plan = plan_of(config, stream)
         progress = yield from steps(stream, strategy, plan, journal, place, stop=stop, note=note, learner=learner)
-        if learner is not None and not learner.replays and not learner.given_up:
+        if learner is not None and not (learner.replays or learner.given_up or learner.told):
             note("no step was replayed: the strategy was not steady for long enough")
     except Exception as error:
         reason = str(error) if isinstance(error, ClSimError) else f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from journals import untimed
 
 from cl_sim import checkpoint, commands, engine, launch, session, store, worker
 from cl_sim.capture import Captured, differs
@@ -25,7 +26,6 @@ from cl_sim.tracking import journal
 from cl_sim.types import Batch, Logs
 from strategies.er import ER
 
-TIMED = ("samples_per_second", "step_ms", "peak_bytes", "time")
 SETTINGS = {
     "strategy": {"name": "er", "capacity": 30},
     "stream": {"name": "synthetic", "per_class": 60},
@@ -44,12 +44,6 @@ def run_of(folder: Path, **settings: Any) -> Path:
 
 def lines_of(folder: Path) -> list[Any]:
     return [untimed(line) for line in journal.read(folder / "journal.jsonl")[0] if line["kind"] != "status"]
-
-
-def untimed(line: Any) -> Any:
-    if isinstance(line, dict):
-        return {key: untimed(value) for key, value in line.items() if key not in TIMED}
-    return line
 
 
 def state_of(run_dir: Path, group: int) -> dict[str, Any]:

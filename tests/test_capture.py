@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from journals import untimed
 from torch import Tensor
 
 from cl_sim import capture, engine, testing
@@ -24,7 +25,6 @@ from cl_sim.tracking.journal import Journal, read
 from cl_sim.types import Logs
 from strategies.er import ER
 
-TIMED = ("samples_per_second", "seconds", "time")
 PLAIN = {"augment": []}
 
 
@@ -53,12 +53,6 @@ def through_the_engine(folder: Path, made: testing.Toy, learner: Captured | None
         engine.run(made.stream, made.strategy, plan, journal, place, learner=learner, stop=lambda: next(left) == 0)
 
 
-def without_times(line: Any) -> Any:
-    if isinstance(line, dict):
-        return {key: without_times(value) for key, value in line.items() if key not in TIMED}
-    return line
-
-
 @pytest.mark.parametrize(
     ("name", "seeds", "settings"),
     [
@@ -75,7 +69,7 @@ def test_a_replayed_stream_has_the_journal_and_state_of_one_that_is_run(
 ) -> None:
     run, lines = train(tmp_path / "run", name, seeds, settings, replayed=False, stop_at=28)
     replayed, others = train(tmp_path / "replayed", name, seeds, settings, replayed=True, stop_at=28)
-    assert [without_times(line) for line in lines] == [without_times(line) for line in others]
+    assert [untimed(line) for line in lines] == [untimed(line) for line in others]
     assert len(run.memory) == len(replayed.memory)
     assert run.memory.offered == replayed.memory.offered
     for key, value in run.state_dict().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from journals import untimed
 
 from cl_sim import checkpoint, engine, session, testing
 from cl_sim.engine import Place, Plan
@@ -109,17 +109,10 @@ def test_a_run_stopped_at_any_step_and_resumed_writes_the_same_journal_and_state
         engine.run(part.stream, part.strategy, *start(tmp_path / "part", part), stop=lambda: next(asked))
     for kind in ("evaluation", "memory", "curve"):
         one, two = lines_of(tmp_path / "whole", kind), lines_of(tmp_path / "part", kind)
-        assert [without_time(line) for line in one] == [without_time(line) for line in two]
+        assert [untimed(line) for line in one] == [untimed(line) for line in two]
     for key, value in whole.strategy.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, part.strategy.state_dict()[key]), key
-
-
-def without_time(line: dict) -> dict:
-    line = json.loads(json.dumps(line))
-    del line["time"]
-    line.get("values", {}).pop("samples_per_second", None)
-    return line
 
 
 class Diverges(ER):
