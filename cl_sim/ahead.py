@@ -10,11 +10,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 DEPTH = 2  # steps made ahead: one to copy while another is read
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which everybody's rows are copied: a device copies one after the other, and streams are few."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -39,7 +46,7 @@ class Ahead:
         self, rows: Tensor, device: torch.device, numbers: Callable[[int], Tensor], steps: int, depth: int = DEPTH
     ) -> None:
         self.rows, self.device, self.numbers, self.steps, self.depth = rows, device, numbers, steps, depth
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.side = _copies(device) if device.type == "cuda" else None
         with torch.inference_mode(False):  # evaluations are made in it, and the thread writes outside of it
             empty = rows.new_empty(0, *rows.shape[1:])
         self.staging = deque(_Staging(empty) for _ in range(depth + 1))  # the longest unused first

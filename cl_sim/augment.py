@@ -323,7 +323,7 @@ def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     circle for each 1, on either side of the circle; whether green or blue is larger tells the side. So there is nothing to
     choose, which takes a CPU longer than to compute (ours).
 
-    Shapes: x [R, B, 3, H, W] float, turns [R, B] -> x.
+    Shapes: x [R, B, 3, H, W] float, turns [R, B], from -1 up -> x.
     """
     red, green, blue = x.unbind(2)
     low, high = x.amin(2), x.amax(2)

@@ -45,10 +45,14 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A step as one CUDA graph with memory of its own, recorded on a side stream. Source: the notes on CUDA graphs of torch."""
+    """A step as one CUDA graph with memory of its own. Source: the notes on CUDA graphs of torch.
+
+    It is recorded on a side stream, as nothing can be on the default one; a run with a stream of its own needs no other.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        own, usual = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+        self.side = own if own != usual else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.graph = torch.cuda.CUDAGraph()
 
     def warm(self, step: Callable[[], Logs]) -> Logs:
@@ -94,7 +98,7 @@ class Captured:
     ) -> None:
         self.strategy, self.warm_up, self.note = strategy, warm_up, note
         self.graph = CudaGraph(strategy.env.device) if graph is None else graph
-        self.recorded, self.told, self.given_up = False, False, ""
+        self.recorded, self.warned, self.given_up = False, False, ""
         self.replays = self.warm = self.unsteady = 0  # steps: replayed, run before the recording, not steady
         self.held: Batch = {}
         self.logs: Logs = {}
@@ -107,7 +111,7 @@ class Captured:
         if not self.strategy.steady:
             self.unsteady += 1
             if self.unsteady == UNSTEADY and not self.warm + self.replays:
-                self.told = True
+                self.warned = True
                 self.note(f"none of the first {UNSTEADY} steps was steady; only steady ones are replayed")
             return self.strategy.observe(batch)
         self.warm += 1

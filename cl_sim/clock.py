@@ -32,8 +32,10 @@ class Clock:
     def paused(self) -> Iterator[None]:
         """Time inside does not count."""
         began = self.now()
-        yield
-        Clock.away += self.now() - began
+        try:
+            yield
+        finally:
+            Clock.away += self.now() - began
 
     def read(self) -> float:
         """Seconds since the last read, without the pauses."""

@@ -143,11 +143,12 @@ def _complete(settings: dict[str, Any], options: Mapping[str, Any]) -> RunConfig
         numbers = sum(math.prod(field.shape) for field in samples.values())
         small = encoder["name"] == "mlp" and numbers <= STACKED
     settings["encoder"] = encoder
-    count = len(settings.get("seeds", (0,)))
-    default_stack = count if small or settings["device"].startswith("cuda") else 1
-    settings["stack"] = options["stack"] or settings.get("stack") or default_stack
     if options["abreast"]:
         settings["abreast"] = options["abreast"]
+    count = len(settings.get("seeds", (0,)))
+    together = small or settings["device"].startswith("cuda")
+    default_stack = math.ceil(count / settings.get("abreast", 1)) if together else 1
+    settings["stack"] = options["stack"] or settings.get("stack") or default_stack
     return config.from_dict(settings)
 
 
@@ -196,7 +197,7 @@ def fitting(made: RunConfig, need: int, free: int) -> int:
 
     Raises: BadConfig if not even one fits, in each of the stacks of a process.
     """
-    room = int(free * (1 - SPARE)) // made.abreast
+    room = int(free * (1 - SPARE)) // min(made.abreast, math.ceil(len(made.seeds) / made.stack))
     if need > room:
         raise BadConfig(
             f"one run of {made.strategy.name} keeps {need / 1e9:.2f} GB, but {made.device} has room for {room / 1e9:.2f} GB"
@@ -543,7 +544,7 @@ def _as_stored(name: str, result: Mapping[str, Any], options: Mapping[str, Any])
         "device": options["device"] or before["device"],
         "data": options["data"],
         "stack": before["stack"],
-        "abreast": before.get("abreast", 1),
+        "abreast": 0,  # in turns or not, the numbers are the same
         "encoder_frozen": False,
         "precision": "",
         "capture": before.get("capture", False) and (options["device"] or before["device"]).startswith("cuda"),

@@ -17,6 +17,7 @@ from cl_sim import registry
 from cl_sim.errors import BadConfig
 
 COMPONENTS = ("strategy", "stream", "encoder")
+LANES = 30  # CUDA streams for stacks that take turns; torch hands out 32, and one is for copies from the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,15 @@ class RunConfig:
         at_least(self, stack=1, abreast=1, threads=1, flush_every=1, save_every=1)
         if self.capture and not self.device.startswith("cuda"):
             raise BadConfig(f"capture is on, but a run on device '{self.device}' has no CUDA graphs; leave it out")
+        if self.device.startswith("cuda") and self.abreast > LANES:
+            raise BadConfig(
+                f"abreast is {self.abreast}, but a process has CUDA streams for {LANES}; use --stack for more"
+            )
+        if self.abreast > 1 and len(self.seeds) <= self.stack:
+            raise BadConfig(
+                f"abreast is {self.abreast}, but {len(self.seeds)} seeds with a stack of {self.stack} are one group, which has "
+                "none to take turns with; use a smaller --stack, or leave --abreast out"
+            )
         if not self.seeds:
             raise BadConfig("seeds is empty; give at least one: --seeds 0-4")
         if len(set(self.seeds)) < len(self.seeds):

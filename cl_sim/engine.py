@@ -128,10 +128,18 @@ class Place:
 
 
 def run(
-    stream: Stream, strategy: Strategy, plan: Plan, journal: Journal, place: Place, **words: Any
+    stream: Stream,
+    strategy: Strategy,
+    plan: Plan,
+    journal: Journal,
+    place: Place,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda line: None,
+    learner: Captured | None = None,
 ) -> Progress | None:
     """All of `steps`, one after the other."""
-    return drain(steps(stream, strategy, plan, journal, place, **words))
+    return drain(steps(stream, strategy, plan, journal, place, stop=stop, note=note, learner=learner))
 
 
 def drain(going: Generator[None, None, Result]) -> Result:
@@ -155,7 +163,7 @@ def steps(
     note: Callable[[str], None] = lambda line: None,
     learner: Captured | None = None,
 ) -> Generator[None, None, Progress | None]:
-    """Replay the stream from the newest usable checkpoint, or from the start; pauses after each step.
+    """Replay the stream from the newest usable checkpoint, or from the start; pauses before the first step and after each.
 
     `stop` is asked after every step; when it says yes, a checkpoint is written and None returned. `note` takes warnings.
     `learner` makes the strategy's steps in its place, say by replaying them.
@@ -176,6 +184,7 @@ def steps(
     strategy.train()
     if progress.next_step == 0:
         _evaluate(stream, strategy, journal, progress, best, step=-1, full=False)
+    yield  # others may begin now, too, which is not to be timed
     learns, clock = learner or strategy, Clock(strategy.env.device)
     for step in range(progress.next_step, plan.steps):
         if progress.over(strategy.env.runs):

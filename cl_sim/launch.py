@@ -90,7 +90,7 @@ class Worker:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
-    def tell(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it is at work."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
@@ -171,7 +171,7 @@ def _work(waiting: list[Worker], workers: int, bars: Progress, syncs: Sequence[M
             interrupted, waiting = True, []
             bars.console.print("Stopping: every run saves a checkpoint first ...")
             for worker in busy:
-                worker.tell(signal.SIGTERM)
+                worker.signal(signal.SIGTERM)
     return interrupted
 
 

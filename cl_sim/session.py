@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from torch import nn
 
 from cl_sim import augment, encoders, measure, registry, selection, store
 from cl_sim.capture import Captured
+from cl_sim.clock import Clock
 from cl_sim.config import RunConfig, from_dict
 from cl_sim.engine import Place, Plan, Progress, steps
 from cl_sim.errors import BadConfig, ClSimError, RunBusy
@@ -136,22 +138,37 @@ def train_abreast(
     going = {group: _training(run_dir, group, stop, note) for group in numbers}
     lanes = {group: _lane(torch.device(config.device), len(numbers)) for group in numbers}
     ended: dict[int, str | Exception] = {}
-    with flushed_denormals():
-        while len(ended) < len(numbers):
-            for group in (number for number in numbers if number not in ended):
-                try:
-                    with lanes[group]():
-                        next(going[group])
-                except StopIteration as end:
-                    ended[group] = end.value
-                except Exception as error:
-                    ended[group] = error
-    return ended
+    try:
+        with flushed_denormals():
+            while len(ended) < len(numbers):
+                for group in (number for number in numbers if number not in ended):
+                    try:
+                        with lanes[group]():
+                            next(going[group])
+                    except StopIteration as end:
+                        ended[group] = end.value
+                    except Exception as error:
+                        _let_go(error)
+                        ended[group] = error
+    finally:
+        for one in going.values():  # a Ctrl-C in a notebook comes between steps
+            one.close()
+    return {group: ended[group] for group in numbers}
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: strategies, on a GPU that may be full."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _lane(device: torch.device, groups: int) -> Callable[[], AbstractContextManager[Any]]:
-    """Where one of so many groups asks for its work: alone where everything goes, else on a CUDA stream of its own."""
-    if device.type != "cuda" or groups == 1:
+    """Where one of so many groups asks for its work: alone where everything goes, else on a CUDA stream of its own.
+
+    Without a GPU each group says so itself when it begins.
+    """
+    if device.type != "cuda" or groups == 1 or not torch.cuda.is_available():
         return nullcontext
     return partial(torch.cuda.stream, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
@@ -191,13 +208,16 @@ def _journaled(
     note: Callable[[str], None],
 ) -> Generator[None, None, str]:
     """Train, and write into the journal how it ended."""
+    if stop():
+        journal.end("interrupted", "stopped on request")
+        return "interrupted"
     try:
         stream = build_stream(config, seeds)
         strategy = build_strategy(config, stream, seeds)
         learner = Captured(strategy, note=note) if config.capture else None
         plan = plan_of(config, stream)
         progress = yield from steps(stream, strategy, plan, journal, place, stop=stop, note=note, learner=learner)
-        if learner is not None and not (learner.replays or learner.given_up or learner.told):
+        if learner is not None and not (learner.replays or learner.given_up or learner.warned):
             note("no step was replayed: the strategy was not steady for long enough")
     except Exception as error:
         reason = str(error) if isinstance(error, ClSimError) else f"{type(error).__name__}: {error}"
@@ -206,13 +226,14 @@ def _journaled(
     if progress is None:
         journal.end("interrupted", "stopped on request")
         return "interrupted"
-    if stream.task == "associate":
-        film.keep(strategy, stream, place.folder / film.FILE)
-    for memory in (one for one in memories(strategy) if isinstance(one, Clustered)):
-        groups.keep(memory, place.folder / groups.FILE)
-    views.keep(strategy, place.folder / views.FILE)
-    samples = progress.next_step * stream.batch_size if progress.stopped else stream.samples
-    journal.write("summary", samples, values=summarise(place.folder, strategy, stream, progress))
+    with Clock(strategy.env.device).paused():
+        if stream.task == "associate":
+            film.keep(strategy, stream, place.folder / film.FILE)
+        for memory in (one for one in memories(strategy) if isinstance(one, Clustered)):
+            groups.keep(memory, place.folder / groups.FILE)
+        views.keep(strategy, place.folder / views.FILE)
+        samples = progress.next_step * stream.batch_size if progress.stopped else stream.samples
+        journal.write("summary", samples, values=summarise(place.folder, strategy, stream, progress))
     journal.end("finished", "; ".join(f"seed {seeds[run]}: {reason}" for run, reason in progress.lost.items()))
     return "finished"
 
@@ -252,7 +273,8 @@ def summarise(folder: Path, strategy: Strategy, stream: Stream, progress: Progre
     clusters = [line for line in journal if line["kind"] == "clusters"]
     for name in CLUSTERS if clusters else ():
         values[f"{name}_end"] = clusters[-1][name]
-    seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)  # per step, all runs of the group
+    # per step of all runs of the group, and of the groups that take turns with it: the process has one clock and one peak
+    seconds = max(progress.train_seconds, 1e-9) / max(progress.timed_steps, 1)
     costs = {
         "samples_per_second": stream.batch_size / seconds,
         "step_ms": 1000 * seconds,

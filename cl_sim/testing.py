@@ -298,14 +298,19 @@ def replays_as_it_steps(make: Make) -> None:
 
 def takes_turns_with_another(make: Make) -> None:
     """Two runs that take turns in one process end as each alone: nothing that lasts is shared by strategies."""
-    alone, (one, other) = make((0,)), (make((0,)), make((1,)))
-    train(alone, 0, 8)
-    for step in range(8):
-        train(one, step, step + 1)
-        train(other, step, step + 1)
-    _same_state(
-        alone.strategy.state_dict(), one.strategy.state_dict(), "state", "where another run takes turns with it"
-    )
+    alone, abreast = [make((0,)), make((1,))], [make((0,)), make((1,))]
+    stream = alone[0].stream
+    ends = next(step for step in range(len(stream)) if stream.ends_task(step))
+    steps = min(ends + 2, len(stream))
+    for made in alone:
+        train(made, 0, steps)
+    for step in range(steps):
+        for made in abreast:
+            train(made, step, step + 1)
+    batch, when = stream.batch(0), "where another run takes turns"
+    for one, two in zip(alone, abreast, strict=True):
+        _same_state(one.strategy.state_dict(), two.strategy.state_dict(), "state", when)
+        assert torch.equal(_answer(one, batch), _answer(two, batch)), f"predictions differ {when}"
 
 
 def leaves_its_batch_unchanged(make: Make) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from cl_sim.capture import Captured, differs
 from cl_sim.cli import main
 from cl_sim.clock import Clock
 from cl_sim.config import RunConfig, from_dict
-from cl_sim.errors import BadConfig, ClSimError, RunBusy
+from cl_sim.errors import BadConfig, RunBusy
 from cl_sim.session import TINY
 from cl_sim.testing import Tape, Toy, toy
 from cl_sim.tracking import journal
@@ -42,8 +45,9 @@ def run_of(folder: Path, **settings: Any) -> Path:
     return store.create(folder, config, facts)
 
 
-def lines_of(folder: Path) -> list[Any]:
-    return [untimed(line) for line in journal.read(folder / "journal.jsonl")[0] if line["kind"] != "status"]
+def lines_of(folder: Path, timed: bool = False) -> list[Any]:
+    lines = [line for line in journal.read(folder / "journal.jsonl")[0] if line["kind"] != "end"]
+    return lines if timed else [untimed(line) for line in lines]
 
 
 def state_of(run_dir: Path, group: int) -> dict[str, Any]:
@@ -73,15 +77,72 @@ def test_groups_in_turns_have_the_numbers_of_each_alone_and_go_on_after_a_stop(t
     asked = iter(range(10**6))
     stopped = session.train_abreast(abreast, [0, 1, 2], stop=lambda: next(asked) >= 50)
     assert stopped == dict.fromkeys(range(3), "interrupted")
-    assert [state_of(abreast, group)["progress"]["next_step"] for group in range(3)] == [18, 18, 17]  # of 60
+    assert [state_of(abreast, group)["progress"]["next_step"] for group in range(3)] == [17, 17, 16]  # of 60
     assert session.train_abreast(abreast, [0, 1, 2]) == dict.fromkeys(range(3), "finished")
     for group in range(3):
-        mine, theirs = weights(alone, group), weights(abreast, group)
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    whole = run_of(tmp_path / "whole", abreast=3)
-    session.train_abreast(whole, [0, 1, 2])
+        assert_same(alone, abreast, group)
+
+
+def test_a_stop_before_the_start_costs_nothing(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, abreast=2)
+    assert session.train_abreast(run_dir, [0, 1], stop=lambda: True) == dict.fromkeys(range(2), "interrupted")
+    assert store.ending(run_dir / "group-1") == ("interrupted", "stopped on request")
+    assert not lines_of(run_dir / "group-1")
+
+
+def test_an_interrupt_in_this_process_leaves_no_lock(tmp_path: Path) -> None:
+    run_dir, asked = run_of(tmp_path, abreast=2), iter(range(10))
+
+    def interrupts() -> bool:
+        if next(asked) == 9:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        session.train_abreast(run_dir, [0, 1], stop=interrupts)
+    assert kept.value.__traceback__ is not None  # as in a notebook, where it stays
+    assert session.train_abreast(run_dir, [0, 1]) == dict.fromkeys(range(2), "finished")
+
+
+def test_what_has_failed_frees_its_memory_while_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[weakref.ref[ER]] = []
+    alive = []
+    observe = ER.observe
+
+    def fails(self: ER, new: Batch) -> Logs:
+        alive.extend(one() is not None for one in failed)
+        if self.env.seeds == (1,):
+            failed.append(weakref.ref(self))
+            raise ValueError("no more")
+        return observe(self, new)
+
+    monkeypatch.setattr(ER, "observe", fails)
+    ended = session.train_abreast(run_of(tmp_path, abreast=3), [0, 1, 2])
+    assert [str(one) for one in ended.values()] == ["finished", "no more", "finished"]
+    assert len(alive) > 100
+    assert not alive[-1]
+
+
+def test_what_comes_before_the_first_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    build, summarise, observe = session.build_stream, session.summarise, ER.observe
+
+    def slowly(seconds: float, work: Any) -> Any:
+        def slow(*words: Any) -> Any:
+            now[0] += seconds
+            return work(*words)
+
+        return slow
+
+    monkeypatch.setattr(session, "build_stream", slowly(1000, build))
+    monkeypatch.setattr(session, "summarise", slowly(1000, summarise))
+    monkeypatch.setattr(ER, "observe", slowly(1, observe))
+    run_dir = run_of(tmp_path, abreast=3)
+    session.train_abreast(run_dir, [0, 1, 2])
     for group in range(3):
-        assert_same(alone, whole, group)
+        (summary,) = (line for line in lines_of(run_dir / f"group-{group}", timed=True) if line["kind"] == "summary")
+        assert 2900 < summary["values"]["step_ms"][0] <= 3000  # three groups, a second each
 
 
 def test_one_that_fails_or_is_busy_stops_no_other(
@@ -177,10 +238,11 @@ def test_groups_on_streams_of_their_own_agree_with_each_alone(tmp_path: Path, ca
         "encoder": {"name": "reduced_resnet18", "width": 8},
     }
     alone, abreast = run_of(tmp_path / "alone", **settings), run_of(tmp_path / "abreast", abreast=3, **settings)
+    assert session.train_abreast(abreast, [0, 1, 2]) == dict.fromkeys(
+        range(3), "finished"
+    )  # first: nothing is made yet
     for group in range(3):
         assert session.train(alone, group) == "finished"
-    assert session.train_abreast(abreast, [0, 1, 2]) == dict.fromkeys(range(3), "finished")
-    for group in range(3):
         assert not differs(weights(abreast, group), weights(alone, group))
 
 
@@ -205,12 +267,36 @@ def test_the_command_line_trains_abreast(tmp_path: Path) -> None:
 
 
 def test_stacks_abreast_must_fit_into_memory_together() -> None:
-    def plan(abreast: int) -> RunConfig:
-        return from_dict(SETTINGS | {"stack": 3, "abreast": abreast})
+    def plan(abreast: int, seeds: int = 27) -> RunConfig:
+        return from_dict(SETTINGS | {"stack": 3, "seeds": list(range(seeds)), "abreast": abreast})
 
     assert commands.fitting(plan(1), 100, 900) == 3
     assert commands.fitting(plan(3), 100, 900) == 2
+    assert commands.fitting(plan(9, seeds=9), 100, 900) == 2  # three groups
     with pytest.raises(BadConfig, match=r"for each abreast; use a smaller .*--abreast"):
         commands.fitting(plan(9), 100, 900)
-    with pytest.raises(ClSimError, match="abreast is 0"):
-        plan(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"abreast": 0}, "abreast is 0; it must be at least 1"),
+        ({"abreast": 2, "stack": 3}, "abreast is 2, but 3 seeds with a stack of 3 are one group"),
+        ({"abreast": 31, "device": "cuda"}, "abreast is 31, but a process has CUDA streams for 30"),
+    ],
+)
+def test_what_cannot_be_abreast_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadConfig, match=told):
+        from_dict(SETTINGS | settings)
+
+
+def test_who_dies_without_a_word_is_written_down_in_every_group(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, abreast=3)
+    session.train(run_dir, 1)
+    (one,) = launch._workers(run_dir)
+    assert [job.group for job in one.jobs] == [0, 2]
+    one.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    one.process.wait()
+    launch._record_death(one)
+    died = ("failed", f"its process died (exit status 7); see {run_dir / 'group-0' / 'worker.log'}")
+    assert [store.ending(run_dir / f"group-{group}") for group in range(3)] == [died, ("finished", ""), died]

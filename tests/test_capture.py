@@ -222,10 +222,13 @@ class Device:
         yield
         self.calls.append(f"leave {what}")
 
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patch(self, monkeypatch: pytest.MonkeyPatch, own: str | None = None) -> None:
         cuda = torch.cuda
         monkeypatch.setattr(cuda, "Stream", lambda device: self.stream("side"))
-        monkeypatch.setattr(cuda, "current_stream", lambda device: self.stream("main"))
+        usual = self.stream("main")
+        current = usual if own is None else self.stream(own)
+        monkeypatch.setattr(cuda, "current_stream", lambda device: current)
+        monkeypatch.setattr(cuda, "default_stream", lambda device: usual)
         monkeypatch.setattr(cuda, "stream", lambda stream: self.inside(stream.name))
         graphs = count()
 
@@ -260,6 +263,13 @@ def test_a_cuda_graph_warms_up_and_is_recorded_on_one_side_stream(monkeypatch: p
     named = [line.format(f"graph {number}") for number, lines in enumerate(recorded, 1) for line in lines]
     warm = ["side waits for main", "enter side", "step", "leave side", "main waits for side"]
     assert device.calls == warm + named
+
+
+def test_a_cuda_graph_is_recorded_on_the_stream_that_a_run_has_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    device.patch(monkeypatch, own="lane")
+    CudaGraph(torch.device("cuda")).first(dict)
+    assert device.calls[:2] == ["enter graph 1 on lane, thread_local", "leave graph 1 on lane, thread_local"]
 
 
 @pytest.mark.gpu
