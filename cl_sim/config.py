@@ -79,12 +79,12 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as in a TOML file; `from_dict` reads them back."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
         for key in COMPONENTS:
-            part: Part = plain[key]
-            plain[key] = {"name": part.name, **asdict(part.config)}
-        plain["evaluate"] = asdict(self.evaluate)
-        return {key: _plain(value) for key, value in plain.items()}
+            part: Part = whole[key]
+            whole[key] = {"name": part.name, **asdict(part.config)}
+        whole["evaluate"] = asdict(self.evaluate)
+        return {key: plain(value) for key, value in whole.items()}
 
 
 def from_dict(settings: Mapping[str, Any]) -> RunConfig:
@@ -161,10 +161,11 @@ def _words(kind: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested values with lists for tuples, as in a TOML file."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def has_setting(kind: str, name: str, key: str) -> bool:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from cl_sim import config, registry
 from cl_sim.config import RunConfig
-from cl_sim.errors import ClSimError
+from cl_sim.errors import BadConfig, ClSimError
 from cl_sim.report import Estimate, Result, interval, shown
 
 METRICS = (
@@ -26,7 +26,13 @@ METRICS = (
     *("hr10_prequential", "ndcg10_prequential", "hr10_test", "ndcg10_test"),  # of items
     *("assa_end", "idf1_end", "linear_end", "linear_aaa", "knn_end", "shot1_end", "shot5_end"),  # clips, embeddings
 )
-WITHOUT_EFFECT = ("seeds", "data", "flush_every", "save_every")  # which runs, where files lie, when they are written
+WITHOUT_EFFECT = (
+    "seeds",
+    "abreast",
+    "data",
+    "flush_every",
+    "save_every",
+)  # which runs, in turns or not, where and when written
 
 Word = Literal["identical", "agrees", "differs", "cannot tell"]
 
@@ -149,9 +155,17 @@ def changed(stored: Result, now: RunConfig, facts: Mapping[str, str]) -> list[st
 def _with_defaults(stored: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
     filled = config.merge(_defaults(type(now)), stored)
     for kind in config.COMPONENTS:
-        cls = registry.config_class(kind, stored[kind]["name"])
-        filled[kind] = config.merge(_defaults(cls), stored[kind])
+        filled[kind] = _settled(kind, stored[kind])
     return filled
+
+
+def _settled(kind: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's settings with what it fills in itself, such as the usual number of tasks, if it still takes them."""
+    cls, own = registry.config_class(kind, stored["name"]), {key: stored[key] for key in stored if key != "name"}
+    try:
+        return {"name": stored["name"], **config.plain(asdict(config.build(cls, own, kind)))}
+    except BadConfig:
+        return config.merge(_defaults(cls), stored)
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class SplitConfig:
                 f"stream.passes is {self.passes} and stream.draws {self.draws}; samples come in passes or are drawn with "
                 "replacement, so leave one of them out"
             )
+        if not self.tasks and self.data in USUAL_TASKS:  # settled here, so that it is recorded
+            object.__setattr__(self, "tasks", USUAL_TASKS[self.data])
 
 
 class Split(IndexedStream):

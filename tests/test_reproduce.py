@@ -259,3 +259,10 @@ def test_a_result_without_the_compared_metrics_is_refused(here: Path) -> None:
     outcome = cl_sim("reproduce", "er-tiny-m20", "--folder", "stored")
     assert outcome.exit_code == 2
     assert "has none of acc_end, acc_aaa, forgetting_chaudhry" in outcome.output
+
+
+def test_a_setting_that_stood_for_the_usual_number_has_not_changed() -> None:
+    now = config.from_dict(preset.read("er-cifar10-m200"))
+    for tasks, told in ((0, []), (5, []), (2, ["stream.tasks 2 (now 5)"])):
+        before = config.merge(now.to_dict(), {"stream": {"tasks": tasks}})
+        assert reproduce.changed({"config": before, "versions": {}}, now, {}) == told
