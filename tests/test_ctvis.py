@@ -14,7 +14,7 @@ from hypothesis.strategies import integers, sampled_from
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_sim import annotations, encoders, preset, session, testing
+from cl_sim import annotations, encoders, engine, preset, session, testing
 from cl_sim.clips import Roll, backgrounds, roll, visible
 from cl_sim.config import from_dict
 from cl_sim.encoders.instances import (
@@ -599,7 +599,7 @@ def test_a_finished_run_on_sprites_sums_up_its_association_and_draws_a_clip(tmp_
     plan = session.Plan.of(made.stream, per_task=1, prequential=1, flush_every=2, save_every=10)
     place = session.Place(tmp_path, "test")
     with Journal(tmp_path / "journal.jsonl") as journal:
-        progress = session.run(made.stream, made.strategy, plan, journal, place)
+        progress = engine.run(made.stream, made.strategy, plan, journal, place)
     assert progress is not None
     values = session.summarise(tmp_path, made.strategy, made.stream, progress)
     for name in (

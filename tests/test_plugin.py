@@ -117,4 +117,4 @@ def test_a_plugged_in_strategy_and_stream_are_listed_and_run(plugged: dict[str, 
 
 
 def test_the_conformance_kit_runs_on_a_plugged_in_strategy(plugged: dict[str, str], tmp_path: Path) -> None:
-    assert "checked 10" in run([sys.executable, "-c", CONFORMS], plugged, tmp_path)
+    assert "checked 11" in run([sys.executable, "-c", CONFORMS], plugged, tmp_path)
