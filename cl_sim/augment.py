@@ -329,9 +329,7 @@ def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     low, high = x.amin(2), x.amax(2)
     spread = high - low  # [R, B, H, W]
     whole = (6 * spread).clamp_(min=1e-12)  # a grey pixel has no hue, and any will do
-    away = (
-        (red - blue).add_(low - green).div_(whole).add_(1 / 3)
-    )  # from the colour opposite to red: up to half a circle
+    away = (red - blue).add_(low - green).div_(whole).add_(1 / 3)  # from cyan, 0 to half a circle
     hue = (_per_pixel(turns) + 1.5).sub(away.copysign_(green - blue)).frac_()
     centre, slope, base = _per_pixel(constant(HUES, x.device, x.dtype)).unbind(0)  # [3, 1, 1] each
     full = (hue[:, :, None] - centre).abs_().mul_(slope).add_(base).clamp_(0, 1)

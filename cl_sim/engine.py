@@ -127,21 +127,6 @@ class Place:
     owner: str
 
 
-def run(
-    stream: Stream,
-    strategy: Strategy,
-    plan: Plan,
-    journal: Journal,
-    place: Place,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda line: None,
-    learner: Captured | None = None,
-) -> Progress | None:
-    """All of `steps`, one after the other."""
-    return drain(steps(stream, strategy, plan, journal, place, stop=stop, note=note, learner=learner))
-
-
 def drain(going: Generator[None, None, Result]) -> Result:
     """Let it go on to its end; what it returns."""
     while True:

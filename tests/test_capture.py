@@ -50,7 +50,11 @@ def through_the_engine(folder: Path, made: testing.Toy, learner: Captured | None
     left = iter(range(steps, -1, -1))
     with Journal(folder / "journal.jsonl") as journal:
         place = Place(folder, "test")
-        engine.run(made.stream, made.strategy, plan, journal, place, learner=learner, stop=lambda: next(left) == 0)
+        engine.drain(
+            engine.steps(
+                made.stream, made.strategy, plan, journal, place, learner=learner, stop=lambda: next(left) == 0
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -599,7 +599,7 @@ def test_a_finished_run_on_sprites_sums_up_its_association_and_draws_a_clip(tmp_
     plan = session.Plan.of(made.stream, per_task=1, prequential=1, flush_every=2, save_every=10)
     place = session.Place(tmp_path, "test")
     with Journal(tmp_path / "journal.jsonl") as journal:
-        progress = engine.run(made.stream, made.strategy, plan, journal, place)
+        progress = engine.drain(engine.steps(made.stream, made.strategy, plan, journal, place))
     assert progress is not None
     values = session.summarise(tmp_path, made.strategy, made.stream, progress)
     for name in (

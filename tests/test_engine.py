@@ -83,7 +83,7 @@ def test_the_small_evaluation_asks_only_what_was_seen_and_is_balanced() -> None:
 
 def test_test_then_train_accuracy_is_measured_before_learning(tmp_path: Path) -> None:
     made, twin = testing.toy("er", (0,)), testing.toy("er", (0,))
-    progress = engine.run(made.stream, made.strategy, *start(tmp_path / "a", made, prequential=1))
+    progress = engine.drain(engine.steps(made.stream, made.strategy, *start(tmp_path / "a", made, prequential=1)))
     hits = []
     for step in range(len(twin.stream)):
         batch = twin.stream.batch(step)
@@ -102,11 +102,13 @@ def test_test_then_train_accuracy_is_measured_before_learning(tmp_path: Path) ->
 @pytest.mark.parametrize("stop_at", [3, 9, 13, 39])
 def test_a_run_stopped_at_any_step_and_resumed_writes_the_same_journal_and_state(tmp_path: Path, stop_at: int) -> None:
     whole = testing.toy("er", (0, 1))
-    engine.run(whole.stream, whole.strategy, *start(tmp_path / "whole", whole))
+    engine.drain(engine.steps(whole.stream, whole.strategy, *start(tmp_path / "whole", whole)))
     asked = iter([False] * stop_at + [True] + [False] * 100)
     for _ in range(2):
         part = testing.toy("er", (0, 1))
-        engine.run(part.stream, part.strategy, *start(tmp_path / "part", part), stop=lambda: next(asked))
+        engine.drain(
+            engine.steps(part.stream, part.strategy, *start(tmp_path / "part", part), stop=lambda: next(asked))
+        )
     for kind in ("evaluation", "memory", "curve"):
         one, two = lines_of(tmp_path / "whole", kind), lines_of(tmp_path / "part", kind)
         assert [untimed(line) for line in one] == [untimed(line) for line in two]
@@ -126,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_parts_and_checkpoint(
     made = testing.toy("er", (0,))
     bad = Diverges(ERConfig(), made.strategy.env)
     with pytest.raises(Diverged) as caught:
-        engine.run(made.stream, bad, *start(tmp_path / "run", made))
+        engine.drain(engine.steps(made.stream, bad, *start(tmp_path / "run", made)))
     for word in ("step 11", "loss = inf", "other = ", "checkpoint-000000009.pt", "--set strategy.lr"):
         assert word in str(caught.value)
     assert [path.name for path in checkpoint.listed(tmp_path / "run")] == ["checkpoint-000000009.pt"]
@@ -145,12 +147,14 @@ class OneDiverges(ER):
 
 def test_a_run_that_diverges_does_not_take_the_others_down(tmp_path: Path) -> None:
     whole, made = testing.toy("er", (0, 1, 2)), testing.toy("er", (0, 1, 2))
-    engine.run(whole.stream, whole.strategy, *start(tmp_path / "whole", whole))
+    engine.drain(engine.steps(whole.stream, whole.strategy, *start(tmp_path / "whole", whole)))
     made.strategy.env.lifted, made.strategy.rng.counter[:] = 0, 0
     bad, notes = OneDiverges(ERConfig(), made.strategy.env), list[str]()
     stops = iter([False] * 25 + [True])
-    engine.run(made.stream, bad, *start(tmp_path / "run", made), stop=lambda: next(stops), note=notes.append)
-    progress = engine.run(made.stream, bad, *start(tmp_path / "run", made), note=notes.append)
+    engine.drain(
+        engine.steps(made.stream, bad, *start(tmp_path / "run", made), stop=lambda: next(stops), note=notes.append)
+    )
+    progress = engine.drain(engine.steps(made.stream, bad, *start(tmp_path / "run", made), note=notes.append))
     assert len(notes) == 1
     assert notes[0].startswith("run 2 of 3 is lost, the others go on: not finite at step 12: loss = ")
     for one, two in zip(whole.strategy.net.parameters(), bad.net.parameters(), strict=True):

@@ -119,7 +119,9 @@ def run(folder: Path, made: Toy, stop: Callable[[], bool] = lambda: False) -> En
     folder.mkdir(exist_ok=True)
     plan = Plan.of(made.stream, per_task=0, prequential=1, flush_every=7, save_every=9)
     with Journal(folder / "journal.jsonl") as journal:
-        progress = engine.run(made.stream, made.strategy, plan, journal, Place(folder, "test"), stop=stop)
+        progress = engine.drain(
+            engine.steps(made.stream, made.strategy, plan, journal, Place(folder, "test"), stop=stop)
+        )
     if progress is None:
         return None
     found = session.summarise(folder, made.strategy, made.stream, progress)

@@ -764,7 +764,7 @@ def test_a_ranking_is_recorded_as_such(tmp_path: Path) -> None:
     made = toy("markov1", (0, 1), {"stream": {"segments": 3}})
     plan = engine.Plan.of(made.stream, per_task=3, prequential=10, flush_every=5, save_every=100)
     with Journal(tmp_path / "journal.jsonl") as journal:
-        progress = engine.run(made.stream, made.strategy, plan, journal, engine.Place(tmp_path, "test"))
+        progress = engine.drain(engine.steps(made.stream, made.strategy, plan, journal, engine.Place(tmp_path, "test")))
     assert progress is not None
     lines = read(tmp_path / "journal.jsonl")[0]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -793,7 +793,10 @@ def test_the_window_holds_the_newest_batches_with_so_many_scored_events(
         plan = engine.Plan.of(made.stream, per_task=1, prequential=1, flush_every=3, save_every=100)
         with Journal(tmp_path / "journal.jsonl") as journal:
             place = engine.Place(tmp_path, "test")
-            if engine.run(made.stream, made.strategy, plan, journal, place, stop=lambda: next(asked)) is not None:
+            if (
+                engine.drain(engine.steps(made.stream, made.strategy, plan, journal, place, stop=lambda: next(asked)))
+                is not None
+            ):
                 break
     by_step, twin = list[tuple[float, float]](), toy("markov1", (0,))  # hits and scored events of each batch
     for step in range(len(twin.stream)):
